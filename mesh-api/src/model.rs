@@ -1,0 +1,223 @@
+//! What a node knows of the mesh: workloads, services and trust.
+//!
+//! A node receives every [`Workload`] and [`Service`] and one [`Trust`], as resources of a delta stream, and keeps them
+//! in maps keyed by [`Workload::uid`] and [`Service::key`].
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::identity::{SpiffeId, SpiffeIdError};
+
+/// Port that carries the tunnel on the wire (as Istio's HBONE).
+pub const TUNNEL_PORT: u16 = 15008;
+
+/// How a peer of the mesh accepts tunnels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum TunnelProtocol {
+    /// Not in the mesh: reached in plain.
+    #[default]
+    None,
+    /// HTTP/2 CONNECT over mutual TLS, as Istio's ztunnel speaks it.
+    Hbone,
+    /// Mutual TLS with a PROXY-protocol-v2 header and then the application's own bytes.
+    Native,
+}
+
+/// Whether a workload accepts connections that bear no identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum MtlsMode {
+    /// Only mutual TLS, or the same-node path whose identity the kernel proves.
+    #[default]
+    Strict,
+    /// Mutual TLS where the peer can, plain otherwise.
+    Permissive,
+    /// The mesh leaves the port alone.
+    Disabled,
+}
+
+/// Ports and address ranges that the mesh leaves alone, per direction.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Exclusions {
+    /// Destination ports of the pod's own connections.
+    pub outbound_ports: Vec<u16>,
+    /// Ports of the pod that are reached past the mesh.
+    pub inbound_ports: Vec<u16>,
+    /// Destinations of the pod's own connections.
+    pub outbound_cidrs: Vec<IpNet>,
+    /// Sources that reach the pod past the mesh.
+    pub inbound_cidrs: Vec<IpNet>,
+}
+
+/// Where a pod is in its life, as far as traffic is concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum WorkloadState {
+    /// Takes traffic.
+    #[default]
+    Ready,
+    /// Runs, but takes no traffic from services.
+    NotReady,
+    /// Being deleted: keeps what it has, takes nothing more.
+    Terminating,
+}
+
+/// One pod.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Workload {
+    /// `metadata.uid` of the pod.
+    pub uid: Arc<str>,
+    /// Name of the pod.
+    pub name: Arc<str>,
+    /// Namespace of the pod.
+    pub namespace: Arc<str>,
+    /// `spec.serviceAccountName`, `default` when unset.
+    pub service_account: Arc<str>,
+    /// `spec.nodeName`.
+    pub node: Arc<str>,
+    /// Addresses of the pod; empty until it has some. Host-network pods share their node's.
+    pub addresses: Vec<IpAddr>,
+    /// Name of the controlling Deployment, StatefulSet, DaemonSet, Job, or the pod itself.
+    pub workload_name: Arc<str>,
+    /// Label `app.kubernetes.io/name` or `app`, or the workload's name (Istio's `*_app`).
+    pub app: Arc<str>,
+    /// Label `app.kubernetes.io/version` or `version`, or `latest`.
+    pub version: Arc<str>,
+    /// Label `service.istio.io/canonical-name`, else as `app`.
+    pub canonical_service: Arc<str>,
+    /// Label `service.istio.io/canonical-revision`, else as `version`.
+    pub canonical_revision: Arc<str>,
+    /// Whether the pod's namespace or the pod itself opted in.
+    pub enrolled: bool,
+    /// How to reach it.
+    pub tunnel: TunnelProtocol,
+    /// Mode for ports that [`Self::mtls_ports`] does not name.
+    pub mtls: MtlsMode,
+    /// Mode by port.
+    pub mtls_ports: Vec<(u16, MtlsMode)>,
+    /// Ports that the pod's liveness, readiness and startup probes use.
+    pub probe_ports: Vec<u16>,
+    /// What the mesh leaves alone.
+    pub exclusions: Exclusions,
+    /// When neither worker nor agent can serve it: refuse (true) or bypass the mesh (false).
+    pub fail_closed: bool,
+    /// Uses the node's network namespace; never enrolled.
+    pub host_network: bool,
+    /// Whether it takes traffic.
+    pub state: WorkloadState,
+}
+
+impl Workload {
+    /// The identity that its certificate bears.
+    ///
+    /// # Errors
+    /// When the names do not make an identity.
+    pub fn identity(&self, trust_domain: &str) -> Result<SpiffeId, SpiffeIdError> {
+        SpiffeId::new(trust_domain, &self.namespace, &self.service_account)
+    }
+
+    /// The mTLS mode of one of its ports.
+    #[must_use]
+    pub fn mtls_mode(&self, port: u16) -> MtlsMode {
+        self.mtls_ports.iter().find(|(p, _)| *p == port).map_or(self.mtls, |(_, m)| *m)
+    }
+}
+
+/// What a port says it speaks: `appProtocol`, else the port name's prefix, else unknown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum AppProtocol {
+    /// Not declared: found out from the bytes, without ever delaying a server that speaks first.
+    #[default]
+    Detect,
+    /// Opaque bytes.
+    Tcp,
+    /// TLS that the application ends itself.
+    Tls,
+    /// HTTP/1.
+    Http1,
+    /// HTTP/2 with prior knowledge.
+    Http2,
+    /// gRPC: HTTP/2 with gRPC's status semantics.
+    Grpc,
+}
+
+/// One port of a service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// `spec.ports[].port`.
+    pub port: u16,
+    /// `spec.ports[].name`, may be empty.
+    pub name: Arc<str>,
+    /// What it speaks.
+    pub protocol: AppProtocol,
+}
+
+/// One ready, serving or terminating backend of a service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Address from the EndpointSlice.
+    pub address: IpAddr,
+    /// Pod of the same namespace that has this address; without one the endpoint has no mesh identity.
+    pub workload: Option<Arc<str>>,
+    /// `conditions.ready` (also true when unset).
+    pub ready: bool,
+    /// `conditions.terminating`: finishes what it has and takes nothing more.
+    pub terminating: bool,
+    /// (service port, target port) pairs that this endpoint serves.
+    pub ports: Vec<(u16, u16)>,
+}
+
+/// One Kubernetes Service with its endpoints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Name.
+    pub name: Arc<str>,
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// `name.namespace.svc.<cluster domain>`.
+    pub hostname: Arc<str>,
+    /// Cluster IPs; empty for headless services.
+    pub vips: Vec<IpAddr>,
+    /// Ports.
+    pub ports: Vec<ServicePort>,
+    /// Endpoints of all ports.
+    pub endpoints: Vec<Endpoint>,
+}
+
+impl Service {
+    /// Key of the resource: `namespace/name`.
+    #[must_use]
+    pub fn key(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Whom the mesh trusts.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Trust {
+    /// The mesh's own trust domain.
+    pub trust_domain: Arc<str>,
+    /// Root certificates (DER). Two while a root is being replaced.
+    pub roots: Vec<Arc<[u8]>>,
+    /// Serial numbers (big-endian, as in the certificate) that are no longer accepted.
+    pub denied_serials: Vec<Arc<[u8]>>,
+}
+
+/// A resource of the delta stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Resource {
+    /// Type URL [`WORKLOAD_TYPE`], named by pod UID.
+    Workload(Workload),
+    /// Type URL [`SERVICE_TYPE`], named `namespace/name`.
+    Service(Service),
+    /// Type URL [`TRUST_TYPE`], named `trust`.
+    Trust(Trust),
+}
+
+/// Type URL of [`Workload`] resources.
+pub const WORKLOAD_TYPE: &str = "type.googleapis.com/sockmesh.v1.Workload";
+/// Type URL of [`Service`] resources.
+pub const SERVICE_TYPE: &str = "type.googleapis.com/sockmesh.v1.Service";
+/// Type URL of the [`Trust`] resource.
+pub const TRUST_TYPE: &str = "type.googleapis.com/sockmesh.v1.Trust";
