@@ -112,7 +112,10 @@ mod tests {
     #[test]
     fn a_well_formed_identity_survives_a_round_trip() {
         let id: SpiffeId = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();
-        assert_eq!((&*id.trust_domain, &*id.namespace, &*id.service_account), ("cluster.local", "shop", "web"));
+        assert_eq!(
+            (&*id.trust_domain, &*id.namespace, &*id.service_account),
+            ("cluster.local", "shop", "web")
+        );
         assert_eq!(id.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
     }
 

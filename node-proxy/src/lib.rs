@@ -1,1 +1,3 @@
-//! 
+//! The proxy of a node: `agent`, `worker` and `keyd` in one binary.
+
+pub mod worker;
