@@ -105,6 +105,28 @@ impl fmt::Debug for SpiffeId {
     }
 }
 
+/// Ends the DNS name that bears a pod's UID in its certificate, next to the one URI name.
+pub const POD_UID_SUFFIX: &str = ".pod.sockmesh.io";
+
+/// The DNS name `<uid>.pod.sockmesh.io` of a pod, or `None` when the UID is not one lower-case DNS label (RFC 1123).
+#[must_use]
+pub fn pod_uid_to_dns_name(uid: &str) -> Option<String> {
+    is_label(uid).then(|| format!("{uid}{POD_UID_SUFFIX}"))
+}
+
+/// The UID in a name made by [`pod_uid_to_dns_name`], or `None` for any other name.
+#[must_use]
+pub fn pod_uid_from_dns_name(name: &str) -> Option<&str> {
+    name.strip_suffix(POD_UID_SUFFIX).filter(|uid| is_label(uid))
+}
+
+fn is_label(s: &str) -> bool {
+    (1..=63).contains(&s.len())
+        && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && !s.starts_with('-')
+        && !s.ends_with('-')
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,5 +167,18 @@ mod tests {
         }
         let long = format!("spiffe://cluster.local/ns/a/sa/{}", "b".repeat(MAX_LEN));
         assert_eq!(long.parse::<SpiffeId>(), Err(SpiffeIdError::TooLong(long.len())));
+    }
+
+    #[test]
+    fn only_one_label_before_the_suffix_is_a_pod_uid() {
+        let uid = "0b7a3f6e-6f0e-4a52-9d0b-2f9d2b0c7a11";
+        let name = pod_uid_to_dns_name(uid).unwrap();
+        assert_eq!(pod_uid_from_dns_name(&name), Some(uid));
+        for bad in ["", "a.b", "A", "-a", "a-", "a_b", &"a".repeat(64)] {
+            assert_eq!(pod_uid_to_dns_name(bad), None, "{bad:?}");
+            assert_eq!(pod_uid_from_dns_name(&format!("{bad}{POD_UID_SUFFIX}")), None, "{bad:?}");
+        }
+        assert_eq!(pod_uid_from_dns_name("a.pod.sockmesh.io."), None);
+        assert_eq!(pod_uid_from_dns_name("pod.sockmesh.io"), None);
     }
 }

@@ -205,6 +205,10 @@ pub struct Trust {
 }
 
 /// A resource of the delta stream.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "nearly all resources are workloads; a box would cost each of them"
+)]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Resource {
     /// Type URL [`WORKLOAD_TYPE`], named by pod UID.
