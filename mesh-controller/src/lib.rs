@@ -1,1 +1,21 @@
+//! The mesh's controller: reads Kubernetes objects, compiles them, streams the result to the nodes, signs certificates.
 //!
+//! ```text
+//! source/ --objects--> index/ --resources--> xds/store --deltas--> xds/server --> nodes
+//!                        |                                                         |
+//!                        +--which pod runs where--> certificates/ <--requests------+
+//! ```
+//!
+//! [`controller`] puts it together; [`cluster`] is the state in the middle; [`config`] is what can be set.
+
+pub mod admin;
+pub mod authority;
+pub mod certificates;
+pub mod cluster;
+pub mod config;
+pub mod controller;
+pub mod index;
+pub mod metrics;
+pub mod source;
+pub mod tls;
+pub mod xds;

@@ -1,1 +1,53 @@
-fn main() {}
+//! `sockmesh-controller`.
+
+use std::io::IsTerminal as _;
+
+use anyhow::{Context as _, Result};
+use clap::Parser as _;
+use mesh_controller::config::Config;
+use mesh_controller::controller::Controller;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> Result<()> {
+    let config = Config::parse();
+    start_log(&config)?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("tokio runtime")?;
+    runtime.block_on(run(config))
+}
+
+fn start_log(config: &Config) -> Result<()> {
+    let filter = EnvFilter::try_new(&config.log).with_context(|| format!("--log {:?}", config.log))?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    if config.log_json {
+        log.json().init()
+    } else {
+        log.init()
+    }
+    Ok(())
+}
+
+async fn run(config: Config) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
+    let mut controller = Controller::start(config).await?;
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => controller.reload(),
+            ended = controller.failed() => {
+                ended?;
+                anyhow::bail!("a part of the controller ended by itself");
+            }
+        }
+    }
+    tracing::info!("stopping");
+    controller.stop().await;
+    Ok(())
+}

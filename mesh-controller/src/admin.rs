@@ -1,0 +1,131 @@
+//! The admin endpoint: `/metrics`, `/healthz/ready`, `/debug/config`. Plain HTTP/1, nothing secret.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use mesh_api::codec::RESOURCE_TYPES;
+use mesh_api::model::Resource;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::Cluster;
+use crate::metrics::short_type;
+
+/// Longest time for a request's head.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause after accept(2) failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves until `stopping` is cancelled.
+pub async fn serve(listener: TcpListener, cluster: Arc<Cluster>, stopping: CancellationToken) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stopping.cancelled() => return,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::error!(%error, "admin endpoint cannot accept a connection; trying again");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let cluster = cluster.clone();
+        tokio::spawn(async move {
+            let service = service_fn(|request: Request<Incoming>| {
+                let response = answer(request.method(), request.uri().path(), &cluster);
+                async move { Ok::<_, Infallible>(response) }
+            });
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD_TIMEOUT)
+                .serve_connection(TokioIo::new(stream), service);
+            if let Err(error) = connection.await {
+                tracing::debug!(%peer, %error, "admin connection");
+            }
+        });
+    }
+}
+
+fn answer(method: &Method, path: &str, cluster: &Cluster) -> Response<Full<Bytes>> {
+    if method != Method::GET {
+        return text(StatusCode::METHOD_NOT_ALLOWED, "only GET".to_owned());
+    }
+    match path {
+        "/metrics" => match cluster.metrics.text() {
+            Ok(metrics) => {
+                respond(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", metrics)
+            }
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        },
+        "/healthz/ready" => ready(cluster),
+        "/debug/config" => json_response(StatusCode::OK, &debug(cluster)),
+        _ => text(StatusCode::NOT_FOUND, "there are /metrics, /healthz/ready and /debug/config\n".to_owned()),
+    }
+}
+
+/// Ready once a whole state was read. Bad manifests after that are told of but change nothing: nodes are served from the
+/// last good state.
+fn ready(cluster: &Cluster) -> Response<Full<Bytes>> {
+    let source = cluster.source();
+    let loaded = cluster.loaded();
+    let status = if loaded { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let detail = match (loaded, source.errors.is_empty()) {
+        (true, true) => "the manifests are in force",
+        (true, false) => "the manifests are bad; the last good state is in force",
+        (false, true) => "the manifests have not been read yet",
+        (false, false) => "the manifests are bad and there is no good state yet",
+    };
+    let errors: Vec<String> = source.errors.iter().map(ToString::to_string).collect();
+    json_response(status, &json!({ "ready": loaded, "detail": detail, "errors": errors }))
+}
+
+fn debug(cluster: &Cluster) -> serde_json::Value {
+    let mut resources = BTreeMap::new();
+    for type_url in RESOURCE_TYPES {
+        let mut of_type = BTreeMap::new();
+        for (name, encoded) in cluster.store.all(type_url) {
+            let resource = match Resource::decode(type_url, &name, &encoded.bytes) {
+                Ok(Resource::Workload(w)) => json!(w),
+                Ok(Resource::Service(s)) => json!(s),
+                Ok(Resource::Trust(t)) => json!(t),
+                Err(error) => json!({ "error": error.to_string() }),
+            };
+            of_type.insert(name.to_string(), json!({ "version": &*encoded.version, "resource": resource }));
+        }
+        resources.insert(short_type(type_url), of_type);
+    }
+    json!({
+        "source": cluster.source(),
+        "problems": cluster.problems(),
+        "nodes": cluster.nodes.snapshot(),
+        "resources": resources,
+    })
+}
+
+fn json_response(status: StatusCode, value: &serde_json::Value) -> Response<Full<Bytes>> {
+    respond(status, "application/json", format!("{value:#}\n"))
+}
+
+fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
+    respond(status, "text/plain; charset=utf-8", body)
+}
+
+fn respond(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}

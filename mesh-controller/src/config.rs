@@ -1,0 +1,173 @@
+//! What can be set, with units and defaults; `--help` is made from this.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+
+use crate::tls::ServerNames;
+
+/// Reads Kubernetes objects, tells the mesh's nodes what they need to know of them, and signs certificates for nodes and
+/// pods.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "sockmesh-controller", version)]
+pub struct Config {
+    /// Directory with Kubernetes YAML (Namespace, Node, ServiceAccount, Pod, Service, EndpointSlice), as `kubectl get -o
+    /// yaml` writes it; read again when something changes and on SIGHUP.
+    #[arg(long, value_name = "DIR")]
+    pub manifests: PathBuf,
+
+    /// Longest time between two reads of the manifests even if nothing seems to have changed.
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
+    pub manifests_resync: Duration,
+
+    /// Address for the nodes: gRPC over TLS. Port 0 takes a free one.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:15012")]
+    pub listen: SocketAddr,
+
+    /// Address for /metrics, /healthz/ready and /debug/config: plain HTTP, for people and Prometheus.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:15014")]
+    pub admin: SocketAddr,
+
+    /// Directory for what must outlive the process: the CA's key and certificate (unless --ca-cert names them), the
+    /// issuance log, and `root.pem`, which nodes are to trust. Made with mode 0700 if it is not there.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: PathBuf,
+
+    /// Trust domain of all identities: spiffe://<trust-domain>/ns/...
+    #[arg(long, value_name = "NAME", default_value = "cluster.local")]
+    pub trust_domain: String,
+
+    /// Domain of the cluster's services: <name>.<namespace>.svc.<cluster-domain>.
+    #[arg(long, value_name = "NAME", default_value = "cluster.local")]
+    pub cluster_domain: String,
+
+    /// Directory with one file per node, named as the node, that holds the token with which the node registers (16
+    /// characters at least).
+    #[arg(long, value_name = "DIR")]
+    pub node_tokens: PathBuf,
+
+    /// CA certificate to sign with, PEM, with its chain up to the root. Without it the controller makes a root of its own
+    /// in --state-dir at the first start.
+    #[arg(long, value_name = "FILE", requires = "ca_key")]
+    pub ca_cert: Option<PathBuf>,
+
+    /// Key of --ca-cert, PKCS#8 PEM, ECDSA P-256.
+    #[arg(long, value_name = "FILE", requires = "ca_cert")]
+    pub ca_key: Option<PathBuf>,
+
+    /// Further root certificates that nodes are to trust, PEM. For replacing a root: name the next one here, then sign with
+    /// it and name the last one here until its certificates have expired. Read again on SIGHUP, as the CA is.
+    #[arg(long, value_name = "FILE")]
+    pub trust_roots: Option<PathBuf>,
+
+    /// Life of pods' certificates, 1s to 30d.
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = certificate_life)]
+    pub workload_cert_ttl: Duration,
+
+    /// Life of nodes' certificates, 1s to 30d.
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = certificate_life)]
+    pub node_cert_ttl: Duration,
+
+    /// Life of the certificate of the controller's own endpoint, 1s to 30d; renewed at half.
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = certificate_life)]
+    pub server_cert_ttl: Duration,
+
+    /// Name or address in the certificate of the controller's endpoint; may be given several times.
+    #[arg(long = "server-name", value_name = "NAME", default_value = "sockmesh-controller")]
+    pub server_names: Vec<String>,
+
+    /// What is logged, as tracing filters write it, e.g. `info,mesh_controller=debug`.
+    #[arg(long, value_name = "FILTER", default_value = "info", env = "SOCKMESH_LOG")]
+    pub log: String,
+
+    /// Log as JSON, one object a line.
+    #[arg(long)]
+    pub log_json: bool,
+}
+
+impl Config {
+    /// The names of the endpoint, parsed; the address that is listened on is one of them unless it stands for all.
+    #[must_use]
+    pub fn endpoint_names(&self) -> ServerNames {
+        let mut names = ServerNames::default();
+        for name in &self.server_names {
+            match name.parse::<IpAddr>() {
+                Ok(address) => names.addresses.push(address),
+                Err(_) => names.dns.push(name.clone()),
+            }
+        }
+        let listens = self.listen.ip();
+        if !listens.is_unspecified() && !names.addresses.contains(&listens) {
+            names.addresses.push(listens);
+        }
+        names
+    }
+}
+
+/// Reads `90s`, `15m`, `24h`, `30d`, `250ms`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let millis = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return Err("a number and one of ms, s, m, h, d is expected, such as 24h".to_owned()),
+    };
+    let number: u64 = number.parse().map_err(|_| "does not begin with a whole number".to_owned())?;
+    match number.checked_mul(millis) {
+        Some(millis) if millis > 0 => Ok(Duration::from_millis(millis)),
+        _ => Err("is 0 or far too long".to_owned()),
+    }
+}
+
+fn certificate_life(text: &str) -> Result<Duration, String> {
+    let life = duration(text)?;
+    if life < Duration::from_secs(1) || life > ca::MAX_TTL {
+        return Err("is not between 1s and 30d".to_owned());
+    }
+    Ok(life)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Config::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_have_units() {
+        for (text, seconds) in [("90s", 90), ("15m", 900), ("24h", 86_400), ("30d", 2_592_000), ("2000ms", 2)]
+        {
+            assert_eq!(duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "5", "s", "-1s", "1.5h", "0s", "1w", "99999999999999999d"] {
+            assert!(duration(text).is_err(), "{text:?}");
+        }
+        assert!(certificate_life("31d").is_err() && certificate_life("500ms").is_err());
+    }
+
+    #[test]
+    fn the_endpoints_names_are_those_given_and_the_address_it_listens_on() {
+        let parse = |listen: &str| {
+            let args = ["x", "--manifests=m", "--state-dir=s", "--node-tokens=t", "--server-name=a.example"];
+            let more = ["--server-name=10.0.0.1", "--listen", listen];
+            Config::parse_from(args.into_iter().chain(more)).endpoint_names()
+        };
+        let names = parse("127.0.0.1:0");
+        assert_eq!(names.dns, ["a.example"]);
+        assert_eq!(
+            names.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["10.0.0.1", "127.0.0.1"]
+        );
+        assert_eq!(parse("[::]:0").addresses.len(), 1);
+    }
+}

@@ -1,0 +1,252 @@
+//! Puts the parts together and keeps them running.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use mesh_api::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
+use mesh_api::proto::mesh::certificate_service_server::CertificateServiceServer;
+use mesh_api::proto::mesh::node_service_server::NodeServiceServer;
+use time::OffsetDateTime;
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+
+use crate::authority::{self, StateDir};
+use crate::certificates::ledger::Ledger;
+use crate::certificates::node::TokenDirectory;
+use crate::certificates::service::Certificates;
+use crate::cluster::Cluster;
+use crate::config::Config;
+use crate::index::IndexConfig;
+use crate::source::manifests;
+use crate::source::watch::Watch;
+use crate::xds::server::Discovery;
+use crate::{admin, tls};
+
+/// Largest request of a node: a reconnect names all that it has, some 80 bytes for each of 100,000 pods.
+const MAX_REQUEST: usize = 64 << 20;
+/// A node that answers no HTTP/2 ping for this long is gone; also the interval of the pings.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// How often expired serials are forgotten.
+const PRUNE: Duration = Duration::from_secs(60);
+/// Longest wait for open calls when stopping.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// A running controller.
+pub struct Controller {
+    /// Address for nodes.
+    pub listen: SocketAddr,
+    /// Address for people.
+    pub admin: SocketAddr,
+    /// The state.
+    pub cluster: Arc<Cluster>,
+    reload: Arc<Notify>,
+    stopping: CancellationToken,
+    tasks: JoinSet<Result<()>>,
+}
+
+impl Controller {
+    /// Starts everything and reads the manifests once. If they are bad the controller runs all the same and tells why;
+    /// nodes wait until they have been read well.
+    ///
+    /// # Errors
+    /// When the state directory, the CA, an address or the manifests' directory cannot be used.
+    pub async fn start(config: Config) -> Result<Self> {
+        let now = OffsetDateTime::now_utc();
+        let state = StateDir::open(&config.state_dir)?;
+        authority::make_if_first(&config, &state, now)?;
+        let anchor = authority::open(&config, &state, now)?;
+        let ledger = Ledger::from_log(&state.log(), now)
+            .with_context(|| format!("issuance log {}", state.log().display()))?;
+        anyhow::ensure!(
+            config.node_tokens.is_dir(),
+            "--node-tokens {} is not a directory",
+            config.node_tokens.display()
+        );
+        let names = config.endpoint_names();
+        let endpoint = Arc::new(tls::Endpoint::new(
+            &anchor.authority,
+            &anchor.roots,
+            &names,
+            config.server_cert_ttl,
+            now,
+        )?);
+        let watch = Watch::start(&config.manifests, config.manifests_resync)
+            .with_context(|| format!("cannot watch --manifests {}", config.manifests.display()))?;
+        let listener = TcpListener::bind(config.listen)
+            .await
+            .with_context(|| format!("cannot listen on --listen {}", config.listen))?;
+        let admin_listener = TcpListener::bind(config.admin)
+            .await
+            .with_context(|| format!("cannot listen on --admin {}", config.admin))?;
+        let (listen, admin) = (listener.local_addr()?, admin_listener.local_addr()?);
+
+        let index = IndexConfig { cluster_domain: config.cluster_domain.clone(), derive_endpoints: true };
+        let cluster = Arc::new(Cluster::new(index, anchor, ledger));
+        let stopping = CancellationToken::new();
+        let reload = Arc::new(Notify::new());
+
+        // The watch is there already, so no change falls between this and the loop.
+        read_once(&config, &cluster).await?;
+
+        let mut tasks = JoinSet::new();
+        let reading = Reading {
+            config: config.clone(),
+            state: state.clone(),
+            cluster: cluster.clone(),
+            endpoint: endpoint.clone(),
+            reload: reload.clone(),
+        };
+        tasks.spawn(reading.run(watch, stopping.clone()));
+        tasks.spawn(maintain(config.clone(), cluster.clone(), endpoint.clone(), stopping.clone()));
+        tasks.spawn({
+            let (cluster, stopping) = (cluster.clone(), stopping.clone());
+            async move {
+                admin::serve(admin_listener, cluster, stopping).await;
+                Ok(())
+            }
+        });
+        tasks.spawn(serve(config, cluster.clone(), endpoint, listener, stopping.clone()));
+        tracing::info!(%listen, %admin, root = %state.root().display(), "controller started");
+        Ok(Self { listen, admin, cluster, reload, stopping, tasks })
+    }
+
+    /// Reads the manifests, the CA and the roots to trust again, as on SIGHUP.
+    pub fn reload(&self) {
+        self.reload.notify_one();
+    }
+
+    /// Runs until a part of it fails, which none should.
+    ///
+    /// # Errors
+    /// What failed.
+    pub async fn failed(&mut self) -> Result<()> {
+        match self.tasks.join_next().await {
+            None => Ok(()),
+            Some(ended) => ended.context("a part of the controller panicked")?,
+        }
+    }
+
+    /// Ends streams and connections and waits for them, for five seconds at most.
+    pub async fn stop(mut self) {
+        self.stopping.cancel();
+        let all = async { while self.tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(STOP_GRACE, all).await.is_err() {
+            tracing::warn!("some calls did not end within {STOP_GRACE:?} and are cut");
+        }
+    }
+}
+
+/// What reads files again.
+struct Reading {
+    config: Config,
+    state: StateDir,
+    cluster: Arc<Cluster>,
+    endpoint: Arc<tls::Endpoint>,
+    reload: Arc<Notify>,
+}
+
+impl Reading {
+    async fn run(self, mut watch: Watch, stopping: CancellationToken) -> Result<()> {
+        loop {
+            tokio::select! {
+                why = watch.changed() => tracing::debug!(?why, "reading the manifests again"),
+                () = self.reload.notified() => {
+                    tracing::info!("reading manifests and CA again, as asked");
+                    if let Err(error) = self.reload_ca() {
+                        self.cluster.metrics.ca_reload_failures.inc();
+                        tracing::error!(error = format!("{error:#}"), "the CA is not replaced; the last one stays in use");
+                    }
+                }
+                () = stopping.cancelled() => return Ok(()),
+            }
+            read_once(&self.config, &self.cluster).await?;
+        }
+    }
+
+    /// The endpoint accepts the certificates of the roots before any is issued under them.
+    fn reload_ca(&self) -> Result<()> {
+        let (config, now) = (&self.config, OffsetDateTime::now_utc());
+        let anchor = authority::open(config, &self.state, now)?;
+        let names = config.endpoint_names();
+        self.endpoint.renew(&anchor.authority, &anchor.roots, &names, config.server_cert_ttl, now)?;
+        self.cluster.set_trust_anchor(anchor);
+        Ok(())
+    }
+}
+
+async fn read_once(config: &Config, cluster: &Arc<Cluster>) -> Result<()> {
+    let (dir, cluster) = (config.manifests.clone(), cluster.clone());
+    // Reading waits for disks, and compiling a large cluster takes long enough to hold other tasks up.
+    let read = tokio::task::spawn_blocking(move || match manifests::read(&dir) {
+        Ok(objects) => cluster.take(objects),
+        Err(errors) => cluster.failed(errors),
+    });
+    read.await.context("reading the manifests panicked")
+}
+
+/// Renews the endpoint's certificate at half of its life and forgets what has expired.
+async fn maintain(
+    config: Config,
+    cluster: Arc<Cluster>,
+    endpoint: Arc<tls::Endpoint>,
+    stopping: CancellationToken,
+) -> Result<()> {
+    let mut renew = tokio::time::interval(config.server_cert_ttl / 2);
+    renew.reset();
+    let mut prune = tokio::time::interval(PRUNE);
+    loop {
+        tokio::select! {
+            _ = renew.tick() => {
+                let anchor = cluster.trust_anchor();
+                let (names, now) = (config.endpoint_names(), OffsetDateTime::now_utc());
+                let ttl = config.server_cert_ttl;
+                match endpoint.renew(&anchor.authority, &anchor.roots, &names, ttl, now) {
+                    Ok(()) => tracing::info!("renewed the certificate of the controller's endpoint"),
+                    Err(error) => tracing::error!(
+                        %error, "the certificate of the controller's endpoint is not renewed; trying again at the next turn"
+                    ),
+                }
+            }
+            _ = prune.tick() => cluster.prune(OffsetDateTime::now_utc()),
+            () = stopping.cancelled() => return Ok(()),
+        }
+    }
+}
+
+async fn serve(
+    config: Config,
+    cluster: Arc<Cluster>,
+    endpoint: Arc<tls::Endpoint>,
+    listener: TcpListener,
+    stopping: CancellationToken,
+) -> Result<()> {
+    let discovery = Discovery {
+        store: cluster.store.clone(),
+        nodes: cluster.nodes.clone(),
+        metrics: cluster.metrics.clone(),
+        trust_domain: cluster.trust_domain(),
+        stopping: stopping.clone(),
+    };
+    let certificates = Certificates {
+        authenticator: Arc::new(TokenDirectory::new(&config.node_tokens)),
+        workload_ttl: config.workload_cert_ttl,
+        node_ttl: config.node_cert_ttl,
+        cluster: cluster.clone(),
+    };
+    let connections = endpoint.accept(listener, cluster.metrics.clone(), stopping.clone());
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .add_service(AggregatedDiscoveryServiceServer::new(discovery).max_decoding_message_size(MAX_REQUEST))
+        .add_service(NodeServiceServer::new(certificates.clone()))
+        .add_service(CertificateServiceServer::new(certificates))
+        .serve_with_incoming_shutdown(ReceiverStream::new(connections), stopping.cancelled_owned())
+        .await
+        .context("the endpoint for nodes failed")
+}

@@ -1,0 +1,451 @@
+//! Kubernetes objects to resources of the mesh. Pure: no I/O, no clock, no runtime.
+//!
+//! A source feeds objects in with [`Index::apply`] and [`Index::remove`], or the whole set with [`Index::replace`], and
+//! [`Index::commit`] compiles what they touch and says what changed. What depends on what:
+//!
+//! | change of | compiles again |
+//! |---|---|
+//! | a namespace | its pods |
+//! | a pod | itself, the pods that claim one of its addresses, the services of their namespaces |
+//! | a service | itself |
+//! | an endpoint slice | its service |
+//!
+//! An object that makes no sense in part is compiled by its safest reading and gets a [`Problem`]; it never stops others.
+
+pub mod object;
+mod pod;
+pub mod protocol;
+mod service;
+pub mod settings;
+mod workload;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use mesh_api::model::{Resource, SERVICE_TYPE, Service, WORKLOAD_TYPE, Workload};
+
+use object::{EndpointSlice, Kind, Namespace, Object, ObjectKey, Pod};
+
+/// Namespace and name.
+type Name = (Arc<str>, Arc<str>);
+
+/// Something about an object that a person should know.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+pub struct Problem {
+    /// Path of the field.
+    pub field: String,
+    /// What is wrong and what is done instead.
+    pub message: String,
+}
+
+/// What a commit changed.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Delta {
+    /// Resources that are new or have changed.
+    pub upserts: Vec<Resource>,
+    /// Type URL and name of resources that are gone.
+    pub removals: Vec<(&'static str, String)>,
+    /// UIDs of pods whose certificates are void: gone, finished, or another identity or node under the same UID.
+    pub revoked: Vec<Arc<str>>,
+    /// Objects whose problems differ from before; empty lists for those that have none any more.
+    pub problems: Vec<(ObjectKey, Vec<Problem>)>,
+}
+
+impl Delta {
+    /// Whether nothing changed that a node would see.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.upserts.is_empty() && self.removals.is_empty()
+    }
+}
+
+/// What the index has to know beyond the objects.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IndexConfig {
+    /// Domain of the cluster's services, e.g. `cluster.local`.
+    pub cluster_domain: String,
+    /// Make endpoints from selectors for services without any EndpointSlice. For manifests written by hand; where the
+    /// API server is the source its controllers do that.
+    pub derive_endpoints: bool,
+}
+
+/// The index.
+#[derive(Debug)]
+pub struct Index {
+    config: IndexConfig,
+    namespaces: HashMap<Arc<str>, Namespace>,
+    nodes: BTreeSet<Arc<str>>,
+    service_accounts: BTreeSet<Name>,
+    pods: PodTable,
+    services: BTreeMap<Name, object::Service>,
+    slices: BTreeMap<Name, EndpointSlice>,
+    /// Names of the slices of a service.
+    slices_of: HashMap<Name, BTreeSet<Arc<str>>>,
+    workloads: HashMap<Name, Arc<Workload>>,
+    compiled_services: HashMap<Name, Arc<Service>>,
+    problems: BTreeMap<ObjectKey, Vec<Problem>>,
+    dirty_pods: BTreeSet<Name>,
+    dirty_services: BTreeSet<Name>,
+    /// Namespaces all of whose services are to be compiled.
+    dirty_namespaces: BTreeSet<Arc<str>>,
+}
+
+/// Pods and who has which address.
+#[derive(Debug, Default)]
+struct PodTable {
+    by_name: BTreeMap<Name, Pod>,
+    by_uid: HashMap<Arc<str>, Name>,
+    /// Pods that claim an address and are neither finished nor in their node's network namespace.
+    claims: HashMap<IpAddr, BTreeSet<Name>>,
+}
+
+impl PodTable {
+    /// The pod that has the address: the newest that claims it. Older ones are remains whose address was given away.
+    fn winner(&self, address: IpAddr) -> Option<&Pod> {
+        let claims = self.claims.get(&address)?;
+        claims
+            .iter()
+            .filter_map(|n| self.by_name.get(n))
+            .max_by_key(|p| (p.created, p.deletion.is_none(), &p.uid))
+    }
+
+    fn claims_addresses(pod: &Pod) -> bool {
+        !pod.finished() && !pod.host_network
+    }
+}
+
+impl service::Pods for PodTable {
+    fn owner(&self, namespace: &str, address: IpAddr) -> Option<Arc<str>> {
+        self.winner(address).filter(|p| *p.namespace == *namespace).map(|p| p.uid.clone())
+    }
+
+    fn of_namespace<'a>(&'a self, namespace: &str) -> Box<dyn Iterator<Item = &'a Pod> + 'a> {
+        let namespace: Arc<str> = namespace.into();
+        let from: Name = (namespace.clone(), Arc::from(""));
+        let pods = self.by_name.range(from..).take_while(move |((ns, _), _)| *ns == namespace);
+        Box::new(pods.map(|(_, p)| p).filter(|p| !p.finished()))
+    }
+
+    fn has(&self, pod: &Pod, address: IpAddr) -> bool {
+        pod.host_network || self.winner(address).is_some_and(|w| w.uid == pod.uid)
+    }
+}
+
+impl Index {
+    /// An index without objects.
+    #[must_use]
+    pub fn new(config: IndexConfig) -> Self {
+        Self {
+            config,
+            namespaces: HashMap::new(),
+            nodes: BTreeSet::new(),
+            service_accounts: BTreeSet::new(),
+            pods: PodTable::default(),
+            services: BTreeMap::new(),
+            slices: BTreeMap::new(),
+            slices_of: HashMap::new(),
+            workloads: HashMap::new(),
+            compiled_services: HashMap::new(),
+            problems: BTreeMap::new(),
+            dirty_pods: BTreeSet::new(),
+            dirty_services: BTreeSet::new(),
+            dirty_namespaces: BTreeSet::new(),
+        }
+    }
+
+    /// Adds an object or replaces the one of its name. An object equal to what the index has changes nothing.
+    pub fn apply(&mut self, object: Object) {
+        match object {
+            Object::Namespace(namespace) => {
+                if self.namespaces.get(&namespace.name) != Some(&namespace) {
+                    self.touch_pods_of(&namespace.name);
+                    self.namespaces.insert(namespace.name.clone(), namespace);
+                }
+            }
+            Object::Node(name) => {
+                self.nodes.insert(name);
+            }
+            Object::ServiceAccount(namespace, name) => {
+                self.service_accounts.insert((namespace, name));
+            }
+            Object::Pod(pod) => {
+                let name = (pod.namespace.clone(), pod.name.clone());
+                if self.pods.by_name.get(&name) != Some(&*pod) {
+                    self.take_pod(&name);
+                    self.put_pod(name, *pod);
+                }
+            }
+            Object::Service(service) => {
+                let name = (service.namespace.clone(), service.name.clone());
+                if self.services.get(&name) != Some(&service) {
+                    self.dirty_services.insert(name.clone());
+                    self.services.insert(name, service);
+                }
+            }
+            Object::EndpointSlice(slice) => {
+                let name = (slice.namespace.clone(), slice.name.clone());
+                if self.slices.get(&name) != Some(&slice) {
+                    self.take_slice(&name);
+                    let service = (slice.namespace.clone(), slice.service.clone());
+                    self.slices_of.entry(service.clone()).or_default().insert(slice.name.clone());
+                    self.dirty_services.insert(service);
+                    self.slices.insert(name, slice);
+                }
+            }
+        }
+    }
+
+    /// Removes an object; one that the index does not have changes nothing.
+    pub fn remove(&mut self, key: &ObjectKey) {
+        let name = (key.namespace.clone(), key.name.clone());
+        match key.kind {
+            Kind::Namespace => {
+                if self.namespaces.remove(&key.name).is_some() {
+                    self.touch_pods_of(&key.name);
+                }
+            }
+            Kind::Node => {
+                self.nodes.remove(&key.name);
+            }
+            Kind::ServiceAccount => {
+                self.service_accounts.remove(&name);
+            }
+            Kind::Pod => self.take_pod(&name),
+            Kind::Service => {
+                if self.services.remove(&name).is_some() {
+                    self.dirty_services.insert(name);
+                }
+            }
+            Kind::EndpointSlice => self.take_slice(&name),
+        }
+    }
+
+    /// Makes `objects` the whole set, as far as they differ from what the index has.
+    pub fn replace(&mut self, objects: Vec<Object>) {
+        let kept: BTreeSet<ObjectKey> = objects.iter().map(Object::key).collect();
+        for key in self.keys() {
+            if !kept.contains(&key) {
+                self.remove(&key);
+            }
+        }
+        for object in objects {
+            self.apply(object);
+        }
+    }
+
+    fn keys(&self) -> Vec<ObjectKey> {
+        let none: Arc<str> = Arc::from("");
+        let cluster = |kind, name: &Arc<str>| ObjectKey { kind, namespace: none.clone(), name: name.clone() };
+        let named = |kind, (namespace, name): &Name| ObjectKey {
+            kind,
+            namespace: namespace.clone(),
+            name: name.clone(),
+        };
+        let mut keys: Vec<ObjectKey> = self.namespaces.keys().map(|n| cluster(Kind::Namespace, n)).collect();
+        keys.extend(self.nodes.iter().map(|n| cluster(Kind::Node, n)));
+        keys.extend(self.service_accounts.iter().map(|n| named(Kind::ServiceAccount, n)));
+        keys.extend(self.pods.by_name.keys().map(|n| named(Kind::Pod, n)));
+        keys.extend(self.services.keys().map(|n| named(Kind::Service, n)));
+        keys.extend(self.slices.keys().map(|n| named(Kind::EndpointSlice, n)));
+        keys
+    }
+
+    fn touch_pods_of(&mut self, namespace: &Arc<str>) {
+        let from: Name = (namespace.clone(), Arc::from(""));
+        let names = self.pods.by_name.range(from..).map(|(n, _)| n).take_while(|(ns, _)| ns == namespace);
+        self.dirty_pods.extend(names.cloned());
+    }
+
+    fn take_slice(&mut self, name: &Name) {
+        if let Some(slice) = self.slices.remove(name) {
+            let service = (slice.namespace, slice.service);
+            if let Some(names) = self.slices_of.get_mut(&service) {
+                names.remove(&slice.name);
+                if names.is_empty() {
+                    self.slices_of.remove(&service);
+                }
+            }
+            self.dirty_services.insert(service);
+        }
+    }
+
+    /// Marks a pod and all that share an address with it, and the services of their namespaces.
+    fn touch_pod(&mut self, name: &Name, addresses: &[IpAddr]) {
+        self.dirty_pods.insert(name.clone());
+        self.dirty_namespaces.insert(name.0.clone());
+        for address in addresses {
+            for other in self.pods.claims.get(address).into_iter().flatten() {
+                self.dirty_pods.insert(other.clone());
+                self.dirty_namespaces.insert(other.0.clone());
+            }
+        }
+    }
+
+    fn put_pod(&mut self, name: Name, pod: Pod) {
+        if PodTable::claims_addresses(&pod) {
+            for address in &pod.addresses {
+                self.pods.claims.entry(*address).or_default().insert(name.clone());
+            }
+        }
+        self.touch_pod(&name, &pod.addresses);
+        self.pods.by_uid.insert(pod.uid.clone(), name.clone());
+        self.pods.by_name.insert(name, pod);
+    }
+
+    fn take_pod(&mut self, name: &Name) {
+        let Some(pod) = self.pods.by_name.remove(name) else { return };
+        self.touch_pod(name, &pod.addresses);
+        for address in &pod.addresses {
+            if let Some(claims) = self.pods.claims.get_mut(address) {
+                claims.remove(name);
+                if claims.is_empty() {
+                    self.pods.claims.remove(address);
+                }
+            }
+        }
+        // Two pods never have one UID, but if they should, the other's entry stays.
+        if self.pods.by_uid.get(&pod.uid) == Some(name) {
+            self.pods.by_uid.remove(&pod.uid);
+        }
+    }
+
+    /// Compiles what was touched since the last commit.
+    pub fn commit(&mut self) -> Delta {
+        let mut delta = Delta::default();
+        let mut gone: BTreeSet<Arc<str>> = BTreeSet::new();
+        for name in std::mem::take(&mut self.dirty_pods) {
+            self.commit_pod(name, &mut delta, &mut gone);
+        }
+        // A UID that moved to another name within the set is there after all.
+        for uid in gone {
+            let elsewhere = self.pods.by_uid.get(&uid).is_some_and(|name| self.workloads.contains_key(name));
+            if !elsewhere {
+                delta.removals.push((WORKLOAD_TYPE, uid.to_string()));
+            }
+            delta.revoked.push(uid);
+        }
+        for namespace in std::mem::take(&mut self.dirty_namespaces) {
+            let from: Name = (namespace.clone(), Arc::from(""));
+            let names = self.services.range(from..).map(|(n, _)| n).take_while(|(ns, _)| *ns == namespace);
+            self.dirty_services.extend(names.cloned());
+        }
+        for name in std::mem::take(&mut self.dirty_services) {
+            self.commit_service(name, &mut delta);
+        }
+        delta
+    }
+
+    fn commit_pod(&mut self, name: Name, delta: &mut Delta, gone: &mut BTreeSet<Arc<str>>) {
+        let mut problems = Vec::new();
+        let pod = self.pods.by_name.get(&name).filter(|p| !p.finished());
+        let compiled = pod.map(|p| {
+            let own = |a: &IpAddr| service::Pods::has(&self.pods, p, *a);
+            let (addresses, lost): (Vec<IpAddr>, Vec<IpAddr>) = p.addresses.iter().partition(|a| own(a));
+            for address in lost {
+                let winner = self
+                    .pods
+                    .winner(address)
+                    .map_or_else(String::new, |w| format!("{}/{}", w.namespace, w.name));
+                problems.push(Problem {
+                    field: "status.podIPs".to_owned(),
+                    message: format!("{address} is also claimed by the newer pod {winner}, which gets it"),
+                });
+            }
+            Arc::new(workload::compile(p, self.namespaces.get(&name.0), addresses, &mut problems))
+        });
+        let before = match &compiled {
+            Some(workload) => self.workloads.insert(name.clone(), workload.clone()),
+            None => self.workloads.remove(&name),
+        };
+        let key = ObjectKey { kind: Kind::Pod, namespace: name.0, name: name.1 };
+        self.set_problems(key, problems, delta);
+        match (before, compiled) {
+            (Some(old), Some(new)) => {
+                if old.uid != new.uid {
+                    gone.insert(old.uid.clone());
+                } else if (&old.service_account, &old.node) != (&new.service_account, &new.node) {
+                    delta.revoked.push(new.uid.clone());
+                }
+                if old != new {
+                    delta.upserts.push(Resource::Workload(Workload::clone(&new)));
+                }
+            }
+            (None, Some(new)) => delta.upserts.push(Resource::Workload(Workload::clone(&new))),
+            (Some(old), None) => {
+                gone.insert(old.uid.clone());
+            }
+            (None, None) => {}
+        }
+    }
+
+    fn commit_service(&mut self, name: Name, delta: &mut Delta) {
+        let compiled = self.services.get(&name).filter(|s| !s.external_name).map(|s| {
+            let names = self.slices_of.get(&name).into_iter().flatten();
+            let slices: Vec<&EndpointSlice> =
+                names.filter_map(|slice| self.slices.get(&(name.0.clone(), slice.clone()))).collect();
+            let derive = self.config.derive_endpoints;
+            Arc::new(service::compile(s, &slices, &self.pods, derive, &self.config.cluster_domain))
+        });
+        match compiled {
+            Some(new) => {
+                if self.compiled_services.get(&name) != Some(&new) {
+                    delta.upserts.push(Resource::Service(Service::clone(&new)));
+                    self.compiled_services.insert(name, new);
+                }
+            }
+            None => {
+                if let Some(old) = self.compiled_services.remove(&name) {
+                    delta.removals.push((SERVICE_TYPE, old.key()));
+                }
+            }
+        }
+    }
+
+    fn set_problems(&mut self, key: ObjectKey, problems: Vec<Problem>, delta: &mut Delta) {
+        if self.problems.get(&key).map_or(&[][..], Vec::as_slice) == problems {
+            return;
+        }
+        if problems.is_empty() {
+            self.problems.remove(&key);
+        } else {
+            self.problems.insert(key.clone(), problems.clone());
+        }
+        delta.problems.push((key, problems));
+    }
+
+    /// What people should know about the objects, as of the last commit.
+    #[must_use]
+    pub fn problems(&self) -> &BTreeMap<ObjectKey, Vec<Problem>> {
+        &self.problems
+    }
+
+    /// The pod with this UID, finished or not, and the workload it was compiled to if it has one.
+    #[must_use]
+    pub fn pod(&self, uid: &str) -> Option<(&Pod, Option<&Arc<Workload>>)> {
+        let name = self.pods.by_uid.get(uid)?;
+        Some((self.pods.by_name.get(name)?, self.workloads.get(name)))
+    }
+
+    /// Whether the node belongs to the cluster. Where there is no Node object at all, as in small sets of manifests,
+    /// nothing is known about nodes and each counts.
+    #[must_use]
+    pub fn has_node(&self, name: &str) -> bool {
+        self.nodes.is_empty() || self.nodes.contains(name)
+    }
+
+    /// Whether the service account exists. `default` is in every namespace; where there is no ServiceAccount object at
+    /// all nothing is known about them and each counts.
+    #[must_use]
+    pub fn has_service_account(&self, namespace: &str, name: &str) -> bool {
+        name == "default"
+            || self.service_accounts.is_empty()
+            || self.service_accounts.contains(&(namespace.into(), name.into()))
+    }
+
+    /// Number of addresses that more than one unfinished pod claims.
+    #[must_use]
+    pub fn duplicate_addresses(&self) -> usize {
+        self.pods.claims.values().filter(|c| c.len() > 1).count()
+    }
+}

@@ -1,0 +1,446 @@
+//! What the index keeps of each Kubernetes object, checked once when it comes in.
+//!
+//! A source (files, later the API server) turns objects into [`Object`]s; a value that makes no sense is an [`Invalid`]
+//! with the path of the field, and it is for the source to say what happens then. From here on nothing can fail.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+/// Annotations and labels that are the mesh's own begin with this.
+pub const PREFIX: &str = "sockmesh.io/";
+/// Label that ties an EndpointSlice to its Service.
+const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+
+/// A field whose value makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {problem}")]
+pub struct Invalid {
+    /// Path of the field as in the object's YAML, e.g. `status.podIPs[0].ip`.
+    pub field: String,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+pub(super) fn invalid(field: impl Into<String>, problem: impl Into<String>) -> Invalid {
+    Invalid { field: field.into(), problem: problem.into() }
+}
+
+/// Kinds that the index reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// `v1 Namespace`.
+    Namespace,
+    /// `v1 Node`.
+    Node,
+    /// `v1 ServiceAccount`.
+    ServiceAccount,
+    /// `v1 Pod`.
+    Pod,
+    /// `v1 Service`.
+    Service,
+    /// `discovery.k8s.io/v1 EndpointSlice`.
+    EndpointSlice,
+}
+
+/// Names one object.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectKey {
+    /// Kind.
+    pub kind: Kind,
+    /// Namespace; empty for Namespaces and Nodes.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            write!(f, "{:?} {}", self.kind, self.name)
+        } else {
+            write!(f, "{:?} {}/{}", self.kind, self.namespace, self.name)
+        }
+    }
+}
+
+/// One object, reduced to what the mesh needs of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Object {
+    /// A namespace and its opt-in.
+    Namespace(Namespace),
+    /// A node, by name.
+    Node(Arc<str>),
+    /// A service account, by namespace and name.
+    ServiceAccount(Arc<str>, Arc<str>),
+    /// A pod.
+    Pod(Box<Pod>),
+    /// A service.
+    Service(Service),
+    /// Endpoints of a service.
+    EndpointSlice(EndpointSlice),
+}
+
+/// A namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Namespace {
+    /// Name.
+    pub name: Arc<str>,
+    /// Label `sockmesh.io/mesh`.
+    pub mesh_label: Option<String>,
+    /// Annotations that begin with [`PREFIX`].
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// `status.phase`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Phase {
+    /// Absent, as in manifests written by hand.
+    #[default]
+    Unset,
+    /// Accepted, not all containers run.
+    Pending,
+    /// Bound and started.
+    Running,
+    /// All containers ended well; the pod does nothing more.
+    Succeeded,
+    /// All containers ended, one badly; the pod does nothing more.
+    Failed,
+    /// The node cannot say.
+    Unknown,
+}
+
+/// A port that a container declares by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedPort {
+    /// Name, unique within a pod.
+    pub name: String,
+    /// Number.
+    pub port: u16,
+}
+
+/// A pod.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Pod {
+    /// `metadata.uid`.
+    pub uid: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// `metadata.namespace`.
+    pub namespace: Arc<str>,
+    /// `spec.serviceAccountName`, `default` when unset.
+    pub service_account: Arc<str>,
+    /// `spec.nodeName`, empty while the pod is not scheduled.
+    pub node: Arc<str>,
+    /// All labels: services select by them.
+    pub labels: BTreeMap<String, String>,
+    /// Annotations that begin with [`PREFIX`].
+    pub annotations: BTreeMap<String, String>,
+    /// `status.podIPs`, else `status.podIP`.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.hostNetwork`.
+    pub host_network: bool,
+    /// `status.phase`.
+    pub phase: Phase,
+    /// Status of the condition `Ready`, if there is that condition.
+    pub ready_condition: Option<bool>,
+    /// `metadata.deletionTimestamp`: the end of the grace period, seconds since the Unix epoch.
+    pub deletion: Option<i64>,
+    /// `metadata.creationTimestamp`, seconds since the Unix epoch; 0 when absent.
+    pub created: i64,
+    /// Kind and name of the controlling owner.
+    pub owner: Option<(String, String)>,
+    /// TCP ports that containers declare by name.
+    pub named_ports: Vec<NamedPort>,
+    /// Ports of all probes, sorted.
+    pub probe_ports: Vec<u16>,
+    /// Probes that name a port that their container does not have.
+    pub unresolved_probes: Vec<Invalid>,
+}
+
+impl Pod {
+    /// Whether it has ended for good: no workload, no identity.
+    #[must_use]
+    pub fn finished(&self) -> bool {
+        matches!(self.phase, Phase::Succeeded | Phase::Failed)
+    }
+
+    /// Whether services may send to it. Without a `Ready` condition a pod counts as ready if it runs, or if nothing is
+    /// said about its phase either, which is how people write manifests by hand.
+    #[must_use]
+    pub fn ready(&self) -> bool {
+        self.ready_condition.unwrap_or(matches!(self.phase, Phase::Running | Phase::Unset))
+    }
+}
+
+/// Where a service port leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TargetPort {
+    /// A number.
+    Number(u16),
+    /// A container port's name, resolved in each pod.
+    Name(String),
+}
+
+/// A TCP port of a service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServicePort {
+    /// `port`.
+    pub port: u16,
+    /// `name`, may be empty.
+    pub name: Arc<str>,
+    /// `appProtocol`.
+    pub app_protocol: Option<String>,
+    /// `targetPort`, the port itself when unset.
+    pub target: TargetPort,
+}
+
+/// A service.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Service {
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// `metadata.namespace`.
+    pub namespace: Arc<str>,
+    /// `type: ExternalName`: a DNS alias, nothing that the mesh could carry.
+    pub external_name: bool,
+    /// `spec.clusterIPs`, else `spec.clusterIP`, without `None`.
+    pub vips: Vec<IpAddr>,
+    /// TCP ports.
+    pub ports: Vec<ServicePort>,
+    /// `spec.selector`; empty selects nothing.
+    pub selector: BTreeMap<String, String>,
+    /// `spec.publishNotReadyAddresses`.
+    pub publish_not_ready: bool,
+    /// `spec.ipFamilies` as (IPv4, IPv6); both when unset.
+    pub families: (bool, bool),
+}
+
+/// One endpoint of a slice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SliceEndpoint {
+    /// The first address; the API says that the others mean the same and are to be ignored.
+    pub address: IpAddr,
+    /// `conditions.ready`, true when unset.
+    pub ready: bool,
+    /// `conditions.terminating`.
+    pub terminating: bool,
+}
+
+/// Endpoints of a service that share their ports.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct EndpointSlice {
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// `metadata.namespace`.
+    pub namespace: Arc<str>,
+    /// Name of the service, from the label `kubernetes.io/service-name`; empty when it belongs to none.
+    pub service: Arc<str>,
+    /// TCP ports by name.
+    pub ports: Vec<(String, u16)>,
+    /// Endpoints.
+    pub endpoints: Vec<SliceEndpoint>,
+}
+
+impl Object {
+    /// Names the object.
+    #[must_use]
+    pub fn key(&self) -> ObjectKey {
+        let key = |kind, namespace: &Arc<str>, name: &Arc<str>| ObjectKey {
+            kind,
+            namespace: namespace.clone(),
+            name: name.clone(),
+        };
+        let none = Arc::from("");
+        match self {
+            Self::Namespace(n) => key(Kind::Namespace, &none, &n.name),
+            Self::Node(name) => key(Kind::Node, &none, name),
+            Self::ServiceAccount(namespace, name) => key(Kind::ServiceAccount, namespace, name),
+            Self::Pod(p) => key(Kind::Pod, &p.namespace, &p.name),
+            Self::Service(s) => key(Kind::Service, &s.namespace, &s.name),
+            Self::EndpointSlice(s) => key(Kind::EndpointSlice, &s.namespace, &s.name),
+        }
+    }
+}
+
+/// Names that end up in identities, keys and host names: RFC 1123 subdomains, as the API server demands.
+pub(super) fn checked_name(value: &str, field: &str) -> Result<Arc<str>, Invalid> {
+    let byte_ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-');
+    if value.is_empty() {
+        Err(invalid(field, "is missing"))
+    } else if value.len() > 253
+        || !value.bytes().all(byte_ok)
+        || value.starts_with('.')
+        || value.starts_with('-')
+    {
+        Err(invalid(field, format!("{value:?} is not a name: a-z, 0-9, '-' and '.', at most 253 characters")))
+    } else {
+        Ok(value.into())
+    }
+}
+
+pub(super) fn name(meta: &ObjectMeta) -> Result<Arc<str>, Invalid> {
+    checked_name(meta.name.as_deref().unwrap_or_default(), "metadata.name")
+}
+
+/// As kubectl: an object without a namespace is in `default`.
+pub(super) fn namespace(meta: &ObjectMeta) -> Result<Arc<str>, Invalid> {
+    checked_name(meta.namespace.as_deref().unwrap_or("default"), "metadata.namespace")
+}
+
+pub(super) fn own_annotations(meta: &ObjectMeta) -> BTreeMap<String, String> {
+    let all = meta.annotations.iter().flatten();
+    all.filter(|(k, _)| k.starts_with(PREFIX)).map(|(k, v)| (k.clone(), v.clone())).collect()
+}
+
+pub(super) fn port(value: i32, field: impl Into<String>) -> Result<u16, Invalid> {
+    match u16::try_from(value) {
+        Ok(p) if p != 0 => Ok(p),
+        _ => Err(invalid(field, format!("{value} is not a port (1 to 65535)"))),
+    }
+}
+
+pub(super) fn address(value: &str, field: impl Into<String>) -> Result<IpAddr, Invalid> {
+    value.parse().map_err(|_| invalid(field, format!("{value:?} is not an IP address")))
+}
+
+pub(super) fn is_tcp(protocol: Option<&str>) -> bool {
+    protocol.is_none_or(|p| p == "TCP")
+}
+
+impl TryFrom<&core::Namespace> for Object {
+    type Error = Invalid;
+
+    fn try_from(ns: &core::Namespace) -> Result<Self, Invalid> {
+        Ok(Self::Namespace(Namespace {
+            name: name(&ns.metadata)?,
+            mesh_label: ns.metadata.labels.as_ref().and_then(|l| l.get(super::settings::MESH).cloned()),
+            annotations: own_annotations(&ns.metadata),
+        }))
+    }
+}
+
+impl TryFrom<&core::Node> for Object {
+    type Error = Invalid;
+
+    fn try_from(node: &core::Node) -> Result<Self, Invalid> {
+        Ok(Self::Node(name(&node.metadata)?))
+    }
+}
+
+impl TryFrom<&core::ServiceAccount> for Object {
+    type Error = Invalid;
+
+    fn try_from(account: &core::ServiceAccount) -> Result<Self, Invalid> {
+        Ok(Self::ServiceAccount(namespace(&account.metadata)?, name(&account.metadata)?))
+    }
+}
+
+impl TryFrom<&core::Service> for Object {
+    type Error = Invalid;
+
+    fn try_from(service: &core::Service) -> Result<Self, Invalid> {
+        let spec = service.spec.as_ref().ok_or_else(|| invalid("spec", "is missing"))?;
+        let mut vips = Vec::new();
+        match spec.cluster_ips.as_deref() {
+            Some(ips) if !ips.is_empty() => {
+                for (i, ip) in ips.iter().enumerate().filter(|(_, ip)| !matches!(ip.as_str(), "" | "None")) {
+                    vips.push(address(ip, format!("spec.clusterIPs[{i}]"))?);
+                }
+            }
+            _ => match spec.cluster_ip.as_deref() {
+                None | Some("" | "None") => {}
+                Some(ip) => vips.push(address(ip, "spec.clusterIP")?),
+            },
+        }
+        let mut ports = Vec::new();
+        for (i, p) in spec.ports.iter().flatten().enumerate() {
+            if !is_tcp(p.protocol.as_deref()) {
+                continue;
+            }
+            let number = port(p.port, format!("spec.ports[{i}].port"))?;
+            let target = match &p.target_port {
+                None | Some(IntOrString::Int(0)) => TargetPort::Number(number),
+                Some(IntOrString::Int(n)) => {
+                    TargetPort::Number(port(*n, format!("spec.ports[{i}].targetPort"))?)
+                }
+                Some(IntOrString::String(name)) => TargetPort::Name(name.clone()),
+            };
+            ports.push(ServicePort {
+                port: number,
+                name: p.name.as_deref().unwrap_or_default().into(),
+                app_protocol: p.app_protocol.clone(),
+                target,
+            });
+        }
+        let families = match spec.ip_families.as_deref() {
+            None | Some([]) => (true, true),
+            Some(f) => (f.iter().any(|f| f == "IPv4"), f.iter().any(|f| f == "IPv6")),
+        };
+        Ok(Self::Service(Service {
+            name: name(&service.metadata)?,
+            namespace: namespace(&service.metadata)?,
+            external_name: spec.type_.as_deref() == Some("ExternalName"),
+            vips,
+            ports,
+            selector: spec.selector.clone().unwrap_or_default(),
+            publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+            families,
+        }))
+    }
+}
+
+impl TryFrom<&discovery::EndpointSlice> for Object {
+    type Error = Invalid;
+
+    fn try_from(slice: &discovery::EndpointSlice) -> Result<Self, Invalid> {
+        let labels = slice.metadata.labels.as_ref();
+        let service = labels.and_then(|l| l.get(SERVICE_NAME_LABEL)).map_or("", String::as_str);
+        let mut ports = Vec::new();
+        for (i, p) in slice.ports.iter().flatten().enumerate() {
+            // A port without a number means "all ports", which only makes sense to kube-proxy's special cases.
+            if let (true, Some(number)) = (is_tcp(p.protocol.as_deref()), p.port) {
+                ports.push((p.name.clone().unwrap_or_default(), port(number, format!("ports[{i}].port"))?));
+            }
+        }
+        let mut endpoints = Vec::new();
+        match slice.address_type.as_str() {
+            "IPv4" | "IPv6" => {
+                for (i, e) in slice.endpoints.iter().flatten().enumerate() {
+                    let field = format!("endpoints[{i}].addresses[0]");
+                    let first = e.addresses.first().ok_or_else(|| invalid(&field, "is missing"))?;
+                    let conditions = e.conditions.as_ref();
+                    endpoints.push(SliceEndpoint {
+                        address: address(first, field)?,
+                        ready: conditions.and_then(|c| c.ready).unwrap_or(true),
+                        terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
+                    });
+                }
+            }
+            // Names are resolved by the application, there is no address to lead anywhere.
+            "FQDN" => {}
+            other => return Err(invalid("addressType", format!("{other:?} is not IPv4, IPv6 or FQDN"))),
+        }
+        Ok(Self::EndpointSlice(EndpointSlice {
+            name: name(&slice.metadata)?,
+            namespace: namespace(&slice.metadata)?,
+            service: service.into(),
+            ports,
+            endpoints,
+        }))
+    }
+}
+
+impl TryFrom<&core::Pod> for Object {
+    type Error = Invalid;
+
+    fn try_from(pod: &core::Pod) -> Result<Self, Invalid> {
+        super::pod::reduce(pod).map(|p| Self::Pod(Box::new(p)))
+    }
+}

@@ -1,0 +1,9 @@
+//! Where objects come from.
+//!
+//! * [`manifests`]: YAML files in a directory, as `kubectl get -o yaml` writes them;
+//! * [`watch`]: says when to read them again;
+//! * [`yaml`]: YAML that remembers its lines.
+
+pub mod manifests;
+pub mod watch;
+pub mod yaml;

@@ -1,0 +1,175 @@
+//! The aggregated discovery service: one task per stream.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::codec::RESOURCE_TYPES;
+use mesh_api::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
+use mesh_api::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::nodes::Nodes;
+use super::store::Store;
+use super::subscription::{Answered, Subscription};
+use crate::metrics::{Metrics, short_type};
+use crate::tls::node_of;
+
+/// Pause between a change and the response to it, so that changes that come together travel together.
+const COALESCE: Duration = Duration::from_millis(10);
+/// Responses that wait for the transport; one per type is under way at most.
+const RESPONSE_QUEUE: usize = 4;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct Discovery {
+    /// What to tell.
+    pub store: Arc<Store>,
+    /// What nodes answer.
+    pub nodes: Arc<Nodes>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Trust domain of nodes' certificates.
+    pub trust_domain: Arc<str>,
+    /// Streams end when it is cancelled.
+    pub stopping: CancellationToken,
+}
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Discovery {
+    type DeltaAggregatedResourcesStream =
+        Pin<Box<dyn Stream<Item = Result<DeltaDiscoveryResponse, Status>> + Send>>;
+
+    async fn delta_aggregated_resources(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+        let node = node_of(&request, &self.trust_domain)?.name.to_string();
+        let (responses, receiver) = mpsc::channel(RESPONSE_QUEUE);
+        let stream = OneStream { service: self.clone(), node, responses, subscriptions: HashMap::new() };
+        tokio::spawn(stream.run(request.into_inner()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+struct OneStream {
+    service: Discovery,
+    node: String,
+    responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+    subscriptions: HashMap<&'static str, Subscription>,
+}
+
+impl OneStream {
+    async fn run(mut self, requests: Streaming<DeltaDiscoveryRequest>) {
+        self.service.nodes.opened(&self.node);
+        self.service.metrics.streams.inc();
+        tracing::info!(node = %self.node, "stream opened");
+        let end = self.serve(requests).await;
+        match &end {
+            Ok(()) => tracing::info!(node = %self.node, "stream closed"),
+            Err(status) => tracing::warn!(node = %self.node, %status, "stream ended"),
+        }
+        if let Err(status) = end {
+            // Fails when the node is gone, which is then the reason for the end.
+            let _ = self.responses.send(Err(status)).await;
+        }
+        self.service.metrics.streams.dec();
+        self.service.nodes.closed(&self.node);
+    }
+
+    async fn serve(&mut self, mut requests: Streaming<DeltaDiscoveryRequest>) -> Result<(), Status> {
+        let mut version = self.service.store.version();
+        let stopping = self.service.stopping.clone();
+        let ready = async {
+            // The sender lives in the store, which `self` holds.
+            let _ = version.wait_for(Option::is_some).await;
+        };
+        tokio::select! {
+            () = ready => {}
+            () = stopping.cancelled() => return Err(stopped()),
+            () = self.responses.closed() => return Ok(()),
+        }
+        loop {
+            tokio::select! {
+                request = requests.message() => match request? {
+                    None => return Ok(()),
+                    Some(request) => self.take(&request)?,
+                },
+                _ = version.changed() => tokio::time::sleep(COALESCE).await,
+                () = stopping.cancelled() => return Err(stopped()),
+            }
+            self.send().await?;
+        }
+    }
+
+    fn take(&mut self, request: &DeltaDiscoveryRequest) -> Result<(), Status> {
+        if let Some(node) = &request.node {
+            if node.id != self.node {
+                return Err(Status::permission_denied(format!(
+                    "the certificate is that of node {}, the stream says it is {:?}",
+                    self.node,
+                    node.id.chars().take(64).collect::<String>()
+                )));
+            }
+            self.service.nodes.runs(&self.node, &node.user_agent_version);
+        }
+        let Some(type_url) = RESOURCE_TYPES.into_iter().find(|t| *t == request.type_url) else {
+            return Err(Status::invalid_argument(format!(
+                "unknown type {:?}; is the node newer than the controller?",
+                request.type_url.chars().take(128).collect::<String>()
+            )));
+        };
+        let Some(subscription) = self.subscriptions.get_mut(type_url) else {
+            self.subscriptions.insert(type_url, Subscription::begin(type_url, request, &self.service.store));
+            return Ok(());
+        };
+        let sent_at = subscription.sent_at();
+        let answered = subscription.take(request);
+        let Discovery { nodes, metrics, .. } = &self.service;
+        if let (Some(sent_at), false) = (sent_at, answered == Answered::Nothing) {
+            metrics.answer_seconds.observe(sent_at.elapsed().as_secs_f64());
+        }
+        match answered {
+            Answered::Nothing => {}
+            Answered::Ack(state) => {
+                metrics.answered(type_url, true);
+                nodes.acked(&self.node, type_url, state);
+            }
+            Answered::Nack { message, names } => {
+                metrics.answered(type_url, false);
+                tracing::error!(
+                    node = %self.node, kind = short_type(type_url), error = %message,
+                    "the node rejected a response; it stays with what it had"
+                );
+                nodes.nacked(&self.node, type_url, message, &names);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends what is due, most needed type first.
+    async fn send(&mut self) -> Result<(), Status> {
+        for type_url in RESOURCE_TYPES {
+            let Some(subscription) = self.subscriptions.get_mut(type_url) else { continue };
+            let response = subscription.next(&self.service.store).map_err(|_| {
+                Status::aborted("this stream is too far behind; come back with initial_resource_versions")
+            })?;
+            if let Some(response) = response {
+                self.service.metrics.pushed(type_url, &response);
+                if self.responses.send(Ok(response)).await.is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn stopped() -> Status {
+    Status::unavailable("the controller is stopping; come back in a moment")
+}

@@ -1,0 +1,291 @@
+//! Everything that nodes may be told, encoded once.
+//!
+//! Every change gets the next sequence number. A stream only remembers up to which number it has been told and asks for
+//! the names that changed since, so that a stream costs the same whether there are ten resources or a hundred thousand.
+//! Removed names are remembered for streams that are behind; the oldest are forgotten beyond [`MAX_TOMBSTONES`], and a
+//! stream that is further behind than that has to begin again.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mesh_api::codec::{RESOURCE_TYPES, content_version};
+use mesh_api::model::Resource;
+use parking_lot::RwLock;
+use tokio::sync::watch;
+
+/// Removed names that are remembered per type.
+pub const MAX_TOMBSTONES: usize = 100_000;
+
+/// One encoded resource; cloning shares the bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// Derived from the bytes.
+    pub version: Arc<str>,
+    /// Protobuf of the resource.
+    pub bytes: Bytes,
+}
+
+#[derive(Debug)]
+struct Entry {
+    encoded: Encoded,
+    seq: u64,
+}
+
+#[derive(Debug, Default)]
+struct OfType {
+    resources: HashMap<Arc<str>, Entry>,
+    /// Names by the number of their last change, removals included.
+    changes: BTreeMap<u64, Arc<str>>,
+    /// Removed names by the number of their removal.
+    tombstones: BTreeMap<u64, Arc<str>>,
+    tombstone_of: HashMap<Arc<str>, u64>,
+    /// Removals up to this number are forgotten.
+    forgotten: u64,
+}
+
+impl OfType {
+    fn supersede(&mut self, name: &Arc<str>) {
+        if let Some(entry) = self.resources.get(name) {
+            self.changes.remove(&entry.seq);
+        }
+        if let Some(seq) = self.tombstone_of.remove(name) {
+            self.changes.remove(&seq);
+            self.tombstones.remove(&seq);
+        }
+    }
+
+    fn forget_old_tombstones(&mut self) {
+        while self.tombstones.len() > MAX_TOMBSTONES {
+            let Some((seq, name)) = self.tombstones.pop_first() else { return };
+            self.changes.remove(&seq);
+            self.tombstone_of.remove(&name);
+            self.forgotten = seq;
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Inner {
+    seq: u64,
+    types: HashMap<&'static str, OfType>,
+}
+
+/// The stream is so far behind that removals it has not been told of are forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FellBehind;
+
+/// The store; shared by all streams.
+#[derive(Debug)]
+pub struct Store {
+    inner: RwLock<Inner>,
+    /// Number of the last change; `None` until the first whole state is in.
+    version: watch::Sender<Option<u64>>,
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        let types = RESOURCE_TYPES.into_iter().map(|t| (t, OfType::default())).collect();
+        Self { inner: RwLock::new(Inner { seq: 0, types }), version: watch::Sender::new(None) }
+    }
+}
+
+impl Store {
+    /// Takes changes in. Resources equal to what is there change nothing. Nodes hear nothing before
+    /// [`Self::publish`] was called once.
+    pub fn update(&self, upserts: &[Resource], removals: &[(&'static str, String)]) {
+        // Encoded off the lock.
+        let encoded: Vec<_> = upserts
+            .iter()
+            .map(|r| {
+                let (type_url, name, bytes) = r.encode();
+                let version = content_version(&bytes).into();
+                (type_url, Arc::<str>::from(name), Encoded { version, bytes: bytes.into() })
+            })
+            .collect();
+        let mut inner = self.inner.write();
+        let Inner { seq, types } = &mut *inner;
+        for (type_url, name, encoded) in encoded {
+            let of_type = types.entry(type_url).or_default();
+            if of_type.resources.get(&name).is_some_and(|e| e.encoded == encoded) {
+                continue;
+            }
+            *seq += 1;
+            of_type.supersede(&name);
+            of_type.changes.insert(*seq, name.clone());
+            of_type.resources.insert(name, Entry { encoded, seq: *seq });
+        }
+        for (type_url, name) in removals {
+            let of_type = types.entry(type_url).or_default();
+            let name: Arc<str> = name.as_str().into();
+            if !of_type.resources.contains_key(&name) {
+                continue;
+            }
+            *seq += 1;
+            of_type.supersede(&name);
+            of_type.resources.remove(&name);
+            of_type.changes.insert(*seq, name.clone());
+            of_type.tombstones.insert(*seq, name.clone());
+            of_type.tombstone_of.insert(name, *seq);
+            of_type.forget_old_tombstones();
+        }
+        let seq = *seq;
+        drop(inner);
+        self.version.send_if_modified(|v| v.is_some() && v.replace(seq) != Some(seq));
+    }
+
+    /// Says that the store holds a whole state that nodes may be told. Before that a node would take what is missing
+    /// for deleted.
+    pub fn publish(&self) {
+        let seq = self.inner.read().seq;
+        self.version.send_if_modified(|v| v.replace(seq) != Some(seq));
+    }
+
+    /// Number of the last change, to wait on; `None` until [`Self::publish`].
+    #[must_use]
+    pub fn version(&self) -> watch::Receiver<Option<u64>> {
+        self.version.subscribe()
+    }
+
+    /// The current form of a resource.
+    #[must_use]
+    pub fn get(&self, type_url: &str, name: &str) -> Option<Encoded> {
+        self.inner.read().types.get(type_url)?.resources.get(name).map(|e| e.encoded.clone())
+    }
+
+    /// What someone who has `known` (name to version) needs: names to send, names to remove; and the number that this
+    /// answer goes up to.
+    #[must_use]
+    pub fn difference(
+        &self,
+        type_url: &str,
+        known: &HashMap<String, String>,
+    ) -> (Vec<Arc<str>>, Vec<Arc<str>>, u64) {
+        let inner = self.inner.read();
+        let Some(of_type) = inner.types.get(type_url) else { return (Vec::new(), Vec::new(), inner.seq) };
+        let same = |name: &str, e: &Entry| known.get(name).is_some_and(|v| **v == *e.encoded.version);
+        let mut send: Vec<Arc<str>> =
+            of_type.resources.iter().filter(|(n, e)| !same(n, e)).map(|(n, _)| n.clone()).collect();
+        send.sort_unstable();
+        let gone = known.keys().filter(|n| !of_type.resources.contains_key(n.as_str()));
+        let mut remove: Vec<Arc<str>> = gone.map(|n| n.as_str().into()).collect();
+        remove.sort_unstable();
+        (send, remove, inner.seq)
+    }
+
+    /// Names that changed or went after change number `cursor`, and the number that this answer goes up to.
+    ///
+    /// # Errors
+    /// [`FellBehind`].
+    pub fn since(&self, type_url: &str, cursor: u64) -> Result<(Vec<Arc<str>>, u64), FellBehind> {
+        let inner = self.inner.read();
+        let Some(of_type) = inner.types.get(type_url) else { return Ok((Vec::new(), inner.seq)) };
+        if cursor < of_type.forgotten {
+            return Err(FellBehind);
+        }
+        Ok((of_type.changes.range(cursor + 1..).map(|(_, n)| n.clone()).collect(), inner.seq))
+    }
+
+    /// Number of resources and their bytes by type.
+    #[must_use]
+    pub fn sizes(&self) -> BTreeMap<&'static str, (usize, usize)> {
+        let inner = self.inner.read();
+        let size =
+            |t: &OfType| (t.resources.len(), t.resources.values().map(|e| e.encoded.bytes.len()).sum());
+        inner.types.iter().map(|(name, t)| (*name, size(t))).collect()
+    }
+
+    /// Every resource of a type: name, version and bytes, by name.
+    #[must_use]
+    pub fn all(&self, type_url: &str) -> BTreeMap<Arc<str>, Encoded> {
+        let inner = self.inner.read();
+        let of_type = inner.types.get(type_url);
+        of_type.into_iter().flat_map(|t| &t.resources).map(|(n, e)| (n.clone(), e.encoded.clone())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_api::model::{SERVICE_TYPE, WORKLOAD_TYPE, Workload};
+
+    fn workload(uid: &str, node: &str) -> Resource {
+        Resource::Workload(Workload {
+            uid: uid.into(),
+            name: uid.into(),
+            namespace: "n".into(),
+            service_account: "s".into(),
+            node: node.into(),
+            ..Workload::default()
+        })
+    }
+
+    fn names(list: &[Arc<str>]) -> Vec<&str> {
+        list.iter().map(|n| &**n).collect()
+    }
+
+    #[test]
+    fn a_stream_hears_each_changed_name_once_and_only_what_is_new_to_it() {
+        let store = Store::default();
+        store.update(&[workload("a", "1"), workload("b", "1")], &[]);
+        let (changed, cursor) = store.since(WORKLOAD_TYPE, 0).unwrap();
+        assert_eq!(names(&changed), ["a", "b"]);
+        store.update(&[workload("a", "2"), workload("a", "3"), workload("b", "1")], &[]);
+        let (changed, cursor) = store.since(WORKLOAD_TYPE, cursor).unwrap();
+        assert_eq!(names(&changed), ["a"]);
+        store.update(&[], &[(WORKLOAD_TYPE, "b".to_owned()), (WORKLOAD_TYPE, "unknown".to_owned())]);
+        let (changed, cursor) = store.since(WORKLOAD_TYPE, cursor).unwrap();
+        assert_eq!(names(&changed), ["b"]);
+        assert!(store.get(WORKLOAD_TYPE, "b").is_none());
+        assert_eq!(store.since(WORKLOAD_TYPE, cursor).unwrap().0.len(), 0);
+        assert_eq!(store.since(SERVICE_TYPE, 0).unwrap().0.len(), 0);
+    }
+
+    #[test]
+    fn a_resource_that_comes_back_is_no_removal_any_more() {
+        let store = Store::default();
+        store.update(&[workload("a", "1")], &[]);
+        store.update(&[], &[(WORKLOAD_TYPE, "a".to_owned())]);
+        store.update(&[workload("a", "1")], &[]);
+        assert_eq!(names(&store.since(WORKLOAD_TYPE, 0).unwrap().0), ["a"]);
+        assert!(store.get(WORKLOAD_TYPE, "a").is_some());
+    }
+
+    #[test]
+    fn the_difference_to_known_versions_is_what_changed_and_what_went() {
+        let store = Store::default();
+        store.update(&[workload("same", "1"), workload("changed", "1"), workload("fresh", "1")], &[]);
+        let version = store.get(WORKLOAD_TYPE, "same").unwrap().version.to_string();
+        let known = HashMap::from([
+            ("same".to_owned(), version),
+            ("changed".to_owned(), "old".to_owned()),
+            ("gone".to_owned(), "old".to_owned()),
+        ]);
+        let (send, remove, _) = store.difference(WORKLOAD_TYPE, &known);
+        assert_eq!((names(&send), names(&remove)), (vec!["changed", "fresh"], vec!["gone"]));
+    }
+
+    #[test]
+    fn a_stream_behind_the_forgotten_removals_has_to_begin_again() {
+        let store = Store::default();
+        let all: Vec<Resource> = (0..=MAX_TOMBSTONES).map(|i| workload(&i.to_string(), "1")).collect();
+        store.update(&all, &[]);
+        let (_, cursor) = store.since(WORKLOAD_TYPE, 0).unwrap();
+        let removals: Vec<_> = (0..=MAX_TOMBSTONES).map(|i| (WORKLOAD_TYPE, i.to_string())).collect();
+        store.update(&[], &removals);
+        assert_eq!(store.since(WORKLOAD_TYPE, cursor), Err(FellBehind));
+        assert_eq!(store.since(WORKLOAD_TYPE, cursor + 1).unwrap().0.len(), MAX_TOMBSTONES);
+    }
+
+    #[test]
+    fn nobody_hears_anything_before_the_first_whole_state() {
+        let store = Store::default();
+        let version = store.version();
+        store.update(&[workload("a", "1")], &[]);
+        assert_eq!(*version.borrow(), None);
+        store.publish();
+        assert_eq!(*version.borrow(), Some(1));
+        store.update(&[workload("b", "1")], &[]);
+        assert_eq!(*version.borrow(), Some(2));
+    }
+}

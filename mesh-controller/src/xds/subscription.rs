@@ -1,0 +1,315 @@
+//! What one stream has been told of one type, and what it is to be told next. Pure.
+//!
+//! At most one response is under way; the next is made when the node has answered it, from the state as it is then. So a
+//! node that is slow gets fewer and larger responses instead of a queue.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use mesh_api::proto::Any;
+use mesh_api::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+
+use super::store::{FellBehind, Store};
+
+/// Bytes of resources in a response; the last one may go beyond.
+pub const RESPONSE_BYTES: usize = 1 << 20;
+/// Names in a response, for removals weigh nothing in bytes of resources.
+pub const RESPONSE_NAMES: usize = 10_000;
+
+/// What a node answered to a response.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Answered {
+    /// Nothing: a change of the subscription only, or an answer to a response that is not under way.
+    Nothing,
+    /// It applied the response, which went up to this state.
+    Ack(u64),
+    /// It did not.
+    Nack {
+        /// Its reason.
+        message: String,
+        /// What was in the response.
+        names: Vec<String>,
+    },
+}
+
+#[derive(Debug)]
+struct UnderWay {
+    nonce: String,
+    state: u64,
+    names: Vec<String>,
+    sent: Instant,
+}
+
+/// One stream's view of one type.
+#[derive(Debug)]
+pub struct Subscription {
+    type_url: &'static str,
+    wildcard: bool,
+    names: HashSet<String>,
+    /// Told up to this change, but for what is in `due`.
+    cursor: u64,
+    due: VecDeque<Arc<str>>,
+    under_way: Option<UnderWay>,
+    /// A response is owed even if it is empty: the node waits to hear that it has everything.
+    owed: bool,
+    nonces: u64,
+}
+
+impl Subscription {
+    /// Begins with a stream's first request for a type.
+    #[must_use]
+    pub fn begin(type_url: &'static str, first: &DeltaDiscoveryRequest, store: &Store) -> Self {
+        let named: HashSet<String> =
+            first.resource_names_subscribe.iter().filter(|n| *n != "*").cloned().collect();
+        // No name at all in the first request means all, for clients of before "*" was written.
+        let wildcard = first.resource_names_subscribe.iter().any(|n| n == "*") || named.is_empty();
+        let (send, remove, cursor) = store.difference(type_url, &first.initial_resource_versions);
+        let mut subscription = Self {
+            type_url,
+            wildcard,
+            names: HashSet::new(),
+            cursor,
+            due: VecDeque::new(),
+            under_way: None,
+            owed: true,
+            nonces: 0,
+        };
+        subscription.due.extend(send.into_iter().filter(|n| wildcard || named.contains(&**n)));
+        subscription.due.extend(remove);
+        subscription.ask_for(named, &first.initial_resource_versions);
+        subscription
+    }
+
+    /// Adds names. Each is answered, also when it does not exist, unless the node has just said that it has it.
+    fn ask_for(&mut self, names: HashSet<String>, known: &HashMap<String, String>) {
+        for name in names {
+            let queued = self.due.iter().any(|d| **d == *name);
+            if !known.contains_key(&name) && !queued {
+                self.due.push_back(name.as_str().into());
+            }
+            self.names.insert(name);
+        }
+    }
+
+    /// Takes a later request of the stream: an answer, a change of names, or both.
+    pub fn take(&mut self, request: &DeltaDiscoveryRequest) -> Answered {
+        let unsubscribe: HashSet<&String> = request.resource_names_unsubscribe.iter().collect();
+        if !unsubscribe.is_empty() {
+            self.wildcard &= !request.resource_names_unsubscribe.iter().any(|n| n == "*");
+            self.names.retain(|n| !unsubscribe.contains(n));
+        }
+        let subscribe: HashSet<String> = request.resource_names_subscribe.iter().cloned().collect();
+        if !subscribe.is_empty() {
+            let (wildcard, named): (HashSet<String>, HashSet<String>) =
+                subscribe.into_iter().partition(|n| n == "*");
+            if !wildcard.is_empty() && !self.wildcard {
+                self.wildcard = true;
+                // What changed before is not known to this node any more.
+                self.cursor = 0;
+            }
+            self.ask_for(named, &HashMap::new());
+        }
+        if request.response_nonce.is_empty() {
+            return Answered::Nothing;
+        }
+        match self.under_way.take_if(|u| u.nonce == request.response_nonce) {
+            None => Answered::Nothing,
+            Some(under_way) => match &request.error_detail {
+                None => Answered::Ack(under_way.state),
+                Some(status) => Answered::Nack { message: status.message.clone(), names: under_way.names },
+            },
+        }
+    }
+
+    /// When the response under way was sent.
+    #[must_use]
+    pub fn sent_at(&self) -> Option<Instant> {
+        self.under_way.as_ref().map(|u| u.sent)
+    }
+
+    /// The next response, if there is something to say and nothing under way.
+    ///
+    /// # Errors
+    /// [`FellBehind`]: the stream has to end, the node comes back with what it knows.
+    pub fn next(&mut self, store: &Store) -> Result<Option<DeltaDiscoveryResponse>, FellBehind> {
+        if self.under_way.is_some() {
+            return Ok(None);
+        }
+        if self.due.is_empty() {
+            let (changed, cursor) = store.since(self.type_url, self.cursor)?;
+            self.cursor = cursor;
+            let (wildcard, names) = (self.wildcard, &self.names);
+            self.due.extend(changed.into_iter().filter(|n| wildcard || names.contains(&**n)));
+        }
+        if self.due.is_empty() && !self.owed {
+            return Ok(None);
+        }
+        let mut response =
+            DeltaDiscoveryResponse { type_url: self.type_url.to_owned(), ..Default::default() };
+        let (mut bytes, mut names) = (0, Vec::new());
+        while bytes < RESPONSE_BYTES && names.len() < RESPONSE_NAMES {
+            let Some(name) = self.due.pop_front() else { break };
+            names.push(name.to_string());
+            match store.get(self.type_url, &name) {
+                None => response.removed_resources.push(name.to_string()),
+                Some(encoded) => {
+                    bytes += encoded.bytes.len();
+                    response.resources.push(Resource {
+                        version: encoded.version.to_string(),
+                        name: name.to_string(),
+                        resource: Some(Any { type_url: self.type_url.to_owned(), value: encoded.bytes }),
+                    });
+                }
+            }
+        }
+        self.nonces += 1;
+        response.nonce = self.nonces.to_string();
+        response.system_version_info = self.cursor.to_string();
+        response.more = !self.due.is_empty();
+        self.owed = false;
+        self.under_way =
+            Some(UnderWay { nonce: response.nonce.clone(), state: self.cursor, names, sent: Instant::now() });
+        Ok(Some(response))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_api::model::{self, WORKLOAD_TYPE, Workload};
+    use mesh_api::proto::Status;
+
+    fn workload(uid: &str, node: &str) -> model::Resource {
+        model::Resource::Workload(Workload {
+            uid: uid.into(),
+            name: uid.into(),
+            namespace: "n".into(),
+            service_account: "s".into(),
+            node: node.into(),
+            ..Workload::default()
+        })
+    }
+
+    fn store(uids: &[&str]) -> Store {
+        let store = Store::default();
+        store.update(&uids.iter().map(|u| workload(u, "1")).collect::<Vec<_>>(), &[]);
+        store
+    }
+
+    fn first(names: &[&str]) -> DeltaDiscoveryRequest {
+        DeltaDiscoveryRequest {
+            resource_names_subscribe: names.iter().map(|n| (*n).to_owned()).collect(),
+            ..Default::default()
+        }
+    }
+
+    fn ack(response: &DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+        DeltaDiscoveryRequest { response_nonce: response.nonce.clone(), ..Default::default() }
+    }
+
+    fn sent(response: &DeltaDiscoveryResponse) -> Vec<&str> {
+        response.resources.iter().map(|r| r.name.as_str()).collect()
+    }
+
+    #[test]
+    fn the_first_response_has_everything_and_the_next_only_what_changed() {
+        let store = store(&["a", "b"]);
+        let mut s = Subscription::begin(WORKLOAD_TYPE, &first(&["*"]), &store);
+        let response = s.next(&store).unwrap().unwrap();
+        assert_eq!((sent(&response), response.more), (vec!["a", "b"], false));
+        store.update(&[workload("b", "2")], &[(WORKLOAD_TYPE, "a".to_owned())]);
+        assert_eq!(s.next(&store), Ok(None), "the first is under way");
+        assert!(matches!(s.take(&ack(&response)), Answered::Ack(_)));
+        let response = s.next(&store).unwrap().unwrap();
+        assert_eq!(
+            (sent(&response), response.removed_resources.as_slice()),
+            (vec!["b"], &["a".to_owned()][..])
+        );
+        s.take(&ack(&response));
+        assert_eq!(s.next(&store), Ok(None));
+    }
+
+    #[test]
+    fn changes_while_a_response_is_under_way_become_one() {
+        let store = store(&["a"]);
+        let mut s = Subscription::begin(WORKLOAD_TYPE, &first(&["*"]), &store);
+        let response = s.next(&store).unwrap().unwrap();
+        for node in ["2", "3", "4"] {
+            store.update(&[workload("a", node)], &[]);
+        }
+        s.take(&ack(&response));
+        let response = s.next(&store).unwrap().unwrap();
+        assert_eq!(response.resources[0].version, &*store.get(WORKLOAD_TYPE, "a").unwrap().version);
+        s.take(&ack(&response));
+        assert_eq!(s.next(&store), Ok(None));
+    }
+
+    #[test]
+    fn someone_who_has_it_all_gets_an_empty_response_that_says_so() {
+        let store = store(&["a"]);
+        let mut request = first(&["*"]);
+        let version = store.get(WORKLOAD_TYPE, "a").unwrap().version.to_string();
+        request.initial_resource_versions.insert("a".to_owned(), version);
+        let mut s = Subscription::begin(WORKLOAD_TYPE, &request, &store);
+        let response = s.next(&store).unwrap().unwrap();
+        assert!(response.resources.is_empty() && response.removed_resources.is_empty() && !response.more);
+    }
+
+    #[test]
+    fn an_empty_store_answers_too() {
+        let store = store(&[]);
+        let mut s = Subscription::begin(WORKLOAD_TYPE, &first(&[]), &store);
+        assert!(s.next(&store).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_large_state_comes_in_parts_and_the_last_one_says_so() {
+        let uids: Vec<String> = (0..RESPONSE_NAMES + 1).map(|i| format!("u{i:06}")).collect();
+        let store = store(&uids.iter().map(String::as_str).collect::<Vec<_>>());
+        let mut s = Subscription::begin(WORKLOAD_TYPE, &first(&["*"]), &store);
+        let (mut got, mut parts) = (0, 0);
+        loop {
+            let response = s.next(&store).unwrap().unwrap();
+            got += response.resources.len();
+            parts += 1;
+            assert_eq!(s.next(&store), Ok(None), "one at a time");
+            s.take(&ack(&response));
+            if !response.more {
+                break;
+            }
+        }
+        assert_eq!(got, uids.len());
+        assert!(parts > 1);
+    }
+
+    #[test]
+    fn a_rejection_names_what_was_rejected_and_is_not_repeated() {
+        let store = store(&["a"]);
+        let mut s = Subscription::begin(WORKLOAD_TYPE, &first(&["*"]), &store);
+        let response = s.next(&store).unwrap().unwrap();
+        let nack = DeltaDiscoveryRequest {
+            error_detail: Some(Status { code: 3, message: "no".to_owned(), details: Vec::new() }),
+            ..ack(&response)
+        };
+        assert_eq!(s.take(&nack), Answered::Nack { message: "no".to_owned(), names: vec!["a".to_owned()] });
+        assert_eq!(s.next(&store), Ok(None));
+        assert_eq!(s.take(&nack), Answered::Nothing, "an answer counts once");
+    }
+
+    #[test]
+    fn named_subscriptions_get_only_their_names_and_hear_of_those_that_do_not_exist() {
+        let store = store(&["a", "b"]);
+        let mut s = Subscription::begin(WORKLOAD_TYPE, &first(&["a", "x"]), &store);
+        let response = s.next(&store).unwrap().unwrap();
+        assert_eq!(
+            (sent(&response), response.removed_resources.as_slice()),
+            (vec!["a"], &["x".to_owned()][..])
+        );
+        s.take(&ack(&response));
+        store.update(&[workload("b", "2")], &[]);
+        assert_eq!(s.next(&store), Ok(None));
+        s.take(&first(&["b"]));
+        assert_eq!(sent(&s.next(&store).unwrap().unwrap()), ["b"]);
+    }
+}
