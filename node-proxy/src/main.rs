@@ -1,1 +1,335 @@
-fn main() {}
+//! `sockmesh-node`: the proxy of one node, in three processes and a few commands that talk to them.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use node_proxy::agent::{self, Reply, Request};
+use node_proxy::config::{NodeConfig, NodeSettings};
+use node_proxy::sys::rights::{self, Rights};
+use node_proxy::sys::seccomp::{Filter, Violation};
+use tracing_subscriber::EnvFilter;
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// The proxy of one node of the mesh.
+#[derive(Parser)]
+#[command(name = "sockmesh-node", version, max_term_width = 110)]
+struct Cli {
+    /// Form of the log on standard error.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, trace, or a filter such as `info,node_proxy::agent=debug`.
+    #[arg(long, global = true, default_value = "info", env = "SOCKMESH_LOG")]
+    log_level: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+impl LogFormat {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs the node's agent, which starts (or adopts) the worker and keyd.
+    ///
+    /// SIGTERM and Ctrl-C end the agent alone: worker and keyd go on serving, and the next agent adopts them. `--stop-all`
+    /// ends a running agent with everything below it; capture stays in place then, so fail-closed pods are refused rather
+    /// than sent out in plain. `sockmesh-node uninstall` removes every trace.
+    #[command(after_long_help = settings_help())]
+    Agent(AgentArgs),
+    /// Enrols a running pod; returns when capture, certificate and policy are in place. Again is no error.
+    Enrol(EnrolArgs),
+    /// Lets a pod go: capture ends at once, its connections may live on for worker.drain_deadline.
+    Unenrol(UnenrolArgs),
+    /// Shows the processes, the controller, enrolled pods and redirection counters of this node.
+    Status(StatusArgs),
+    /// Ends agent, worker and keyd and removes every pin, socket and file of the mesh from this node.
+    Uninstall(NodeArgs),
+    /// The process that carries the pods' streams; started by the agent.
+    #[command(hide = true)]
+    Worker(ChildArgs),
+    /// The process that holds the pods' keys; started by the agent.
+    #[command(hide = true)]
+    Keyd(ChildArgs),
+}
+
+/// Where the node's configuration comes from.
+#[derive(Args)]
+struct NodeArgs {
+    /// YAML file with settings; flags win over it.
+    #[arg(long, value_name = "FILE", env = "SOCKMESH_NODE_CONFIG")]
+    config: Option<PathBuf>,
+    /// Sets any setting by its dotted name, e.g. `--set worker.timeouts.connect=2s`. May be repeated.
+    #[arg(long = "set", value_name = "NAME=VALUE", value_parser = name_and_value)]
+    set: Vec<(String, String)>,
+    /// Name of the node, as in `spec.nodeName` of its pods [default: the host name].
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    node_name: Option<String>,
+    /// Directory of the node's unix sockets [default: /run/sockmesh].
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Directory of what survives a restart [default: /var/lib/sockmesh].
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Mount point of a bpf file system [default: /sys/fs/bpf].
+    #[arg(long, value_name = "DIR")]
+    bpffs: Option<PathBuf>,
+}
+
+impl NodeArgs {
+    fn overrides(&self) -> Vec<(String, String)> {
+        let mut overrides = self.set.clone();
+        let paths = [
+            ("node.run_dir", &self.run_dir),
+            ("node.state_dir", &self.state_dir),
+            ("node.bpffs", &self.bpffs),
+        ];
+        for (name, path) in paths {
+            if let Some(path) = path {
+                overrides.push((name.to_owned(), path.to_string_lossy().into_owned()));
+            }
+        }
+        if let Some(name) = &self.node_name {
+            overrides.push(("node.name".to_owned(), name.clone()));
+        }
+        overrides
+    }
+
+    fn load(&self, more: Vec<(String, String)>) -> anyhow::Result<NodeConfig> {
+        let mut overrides = self.overrides();
+        overrides.extend(more);
+        Ok(NodeConfig::load(self.config.as_deref(), &overrides)?)
+    }
+}
+
+#[derive(Args)]
+struct AgentArgs {
+    #[command(flatten)]
+    node: NodeArgs,
+    /// Root of the cgroup2 hierarchy to capture [default: found in /proc/self/mountinfo].
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// Address of /metrics, /healthz/ready and /debug/config [default: 127.0.0.1:15020].
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    admin: Option<String>,
+    /// The controller [default: sockmesh-controller.sockmesh-system.svc:15012].
+    #[arg(long, value_name = "HOST:PORT")]
+    controller: Option<String>,
+    /// Name that the controller's certificate must bear [default: sockmesh-controller].
+    #[arg(long, value_name = "DNS-NAME")]
+    controller_name: Option<String>,
+    /// PEM file with the roots of the controller's certificate [default: /etc/sockmesh/controller-ca.pem].
+    #[arg(long, value_name = "FILE")]
+    controller_ca: Option<PathBuf>,
+    /// File with this node's token [default: /etc/sockmesh/node-token].
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Age at which pods' certificates are replaced, e.g. 10s or 8h; 0 means a third of their life [default: 0].
+    #[arg(long, value_name = "DURATION")]
+    cert_renew_after: Option<String>,
+    /// Ends the agent that runs with this --run-dir, its worker and its keyd, and returns. Capture stays in place.
+    #[arg(long)]
+    stop_all: bool,
+}
+
+impl AgentArgs {
+    fn overrides(&self) -> Vec<(String, String)> {
+        let path = |p: &Option<PathBuf>| p.as_ref().map(|p| p.to_string_lossy().into_owned());
+        [
+            ("node.cgroup", path(&self.cgroup)),
+            ("node.admin", self.admin.clone()),
+            ("controller.address", self.controller.clone()),
+            ("controller.server_name", self.controller_name.clone()),
+            ("controller.ca_file", path(&self.controller_ca)),
+            ("controller.token_file", path(&self.token_file)),
+            ("certificates.renew_after", self.cert_renew_after.clone()),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+        .collect()
+    }
+}
+
+fn default_run_dir() -> PathBuf {
+    NodeSettings::default().run_dir
+}
+
+#[derive(Args)]
+struct EnrolArgs {
+    /// Directory of the agent's sockets.
+    #[arg(long, value_name = "DIR", default_value_os_t = default_run_dir())]
+    run_dir: PathBuf,
+    /// `metadata.uid` of the pod.
+    #[arg(long)]
+    uid: String,
+    /// Path of the pod's network namespace, e.g. /run/netns/web or /proc/4711/ns/net.
+    #[arg(long, value_name = "PATH")]
+    netns: PathBuf,
+    /// Longest wait in milliseconds [default: processes.enrol_timeout of the agent, 30 s].
+    #[arg(long, value_name = "MILLISECONDS")]
+    timeout_ms: Option<u64>,
+}
+
+#[derive(Args)]
+struct UnenrolArgs {
+    /// Directory of the agent's sockets.
+    #[arg(long, value_name = "DIR", default_value_os_t = default_run_dir())]
+    run_dir: PathBuf,
+    /// `metadata.uid` of the pod.
+    #[arg(long)]
+    uid: String,
+}
+
+#[derive(Args)]
+struct StatusArgs {
+    /// Directory of the agent's sockets.
+    #[arg(long, value_name = "DIR", default_value_os_t = default_run_dir())]
+    run_dir: PathBuf,
+    /// Form of the answer.
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+#[derive(Args)]
+struct ChildArgs {
+    /// User and group to become.
+    #[arg(long)]
+    uid: u32,
+    /// Most open files.
+    #[arg(long)]
+    files: u64,
+    /// What a forbidden system call does.
+    #[arg(long, value_enum, default_value_t = SeccompArg::Kill)]
+    seccomp: SeccompArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SeccompArg {
+    Kill,
+    Log,
+}
+
+fn settings_help() -> String {
+    format!("Settings (in --config as nested YAML, or with --set NAME=VALUE):\n{}", NodeConfig::reference())
+}
+
+fn name_and_value(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("is not NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn start_log(format: LogFormat, level: &str) -> anyhow::Result<()> {
+    let filter =
+        EnvFilter::try_new(level).with_context(|| format!("--log-level {level:?} is not a filter"))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.with_ansi(false).init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+/// Takes the control socket from standard input and gives up every right.
+fn become_child(args: &ChildArgs, filter: Filter) -> anyhow::Result<std::os::fd::OwnedFd> {
+    use std::os::fd::AsFd;
+    let control =
+        std::io::stdin().as_fd().try_clone_to_owned().context("no control socket on standard input")?;
+    let null = std::fs::File::open("/dev/null").context("cannot open /dev/null")?;
+    rustix::stdio::dup2_stdin(&null).context("cannot put /dev/null in the place of standard input")?;
+    let violation = match args.seccomp {
+        SeccompArg::Kill => Violation::Kill,
+        SeccompArg::Log => Violation::Log,
+    };
+    rights::give_up(Rights { uid: args.uid, files: args.files, filter, violation })?;
+    Ok(control)
+}
+
+/// A thread for the agent; the few seconds of a command need none more.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")
+}
+
+fn print_reply(reply: Option<Reply>, run_dir: &std::path::Path, output: Output) -> anyhow::Result<()> {
+    match reply {
+        None => anyhow::bail!("no agent runs with --run-dir {}", run_dir.display()),
+        Some(Reply::Error { message }) => anyhow::bail!(message),
+        Some(Reply::Done { message }) => println!("{message}"),
+        Some(Reply::Status(status)) => match output {
+            Output::Text => print!("{status}"),
+            Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
+        },
+    }
+    Ok(())
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    start_log(cli.log_format, &cli.log_level)?;
+    let log_arguments =
+        ["--log-format", cli.log_format.name(), "--log-level", &cli.log_level].map(str::to_owned).to_vec();
+    let ask = |run_dir: PathBuf, request: Request, output: Output| {
+        let reply = runtime()?.block_on(agent::ask(&run_dir, &request))?;
+        print_reply(reply, &run_dir, output)
+    };
+    match cli.command {
+        Command::Worker(args) => {
+            let control = become_child(&args, Filter::Worker)?;
+            node_proxy::worker::run(control)
+        }
+        Command::Keyd(args) => {
+            let control = become_child(&args, Filter::Keyd)?;
+            let control = std::os::unix::net::UnixListener::from(control);
+            Ok(node_proxy::keyd::serve(&control, node_proxy::keyd::Settings::default())?)
+        }
+        Command::Agent(args) if args.stop_all => {
+            let config = args.node.load(args.overrides())?;
+            ask(config.node.run_dir, Request::Stop, Output::Text)
+        }
+        Command::Agent(args) => {
+            let config = args.node.load(args.overrides())?;
+            runtime()?.block_on(agent::run(config, log_arguments))
+        }
+        Command::Enrol(args) => {
+            let request = Request::Enrol { uid: args.uid, netns: args.netns, timeout_ms: args.timeout_ms };
+            ask(args.run_dir, request, Output::Text)
+        }
+        Command::Unenrol(args) => ask(args.run_dir, Request::Unenrol { uid: args.uid }, Output::Text),
+        Command::Status(args) => ask(args.run_dir, Request::Status, args.output),
+        Command::Uninstall(args) => {
+            let config = args.load(Vec::new())?;
+            runtime()?.block_on(agent::uninstall(&config))?;
+            println!("nothing of the mesh is left on node {}", config.node.name);
+            Ok(())
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("sockmesh-node: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

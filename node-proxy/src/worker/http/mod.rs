@@ -14,12 +14,26 @@
 //!
 //! Everything here runs on one thread: nothing needs to be `Send`.
 
+pub mod h1;
+pub mod h2;
+
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 
 use super::io::Transport;
 use super::reason::{Reason, Reasons};
+
+/// What the first bytes of a connection say about its protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sniff {
+    /// It is.
+    Yes,
+    /// It is not.
+    No,
+    /// More bytes are needed to tell.
+    NeedMore,
+}
 
 /// The parsed head of a request, borrowed from wherever it was parsed.
 #[derive(Debug, Clone, Copy)]
@@ -212,7 +226,12 @@ pub trait Call: 'static {
     ///
     /// # Errors
     /// [`UpstreamFailure::Connect`].
-    fn h2(&mut self) -> impl Future<Output = Result<h2::client::SendRequest<Bytes>, UpstreamFailure>>;
+    fn h2(&mut self) -> impl Future<Output = Result<::h2::client::SendRequest<Bytes>, UpstreamFailure>>;
+
+    /// Whether an attempt may be followed by another; if not, nothing of the request is kept for one.
+    fn may_retry(&self) -> bool {
+        true
+    }
 
     /// Longest wait for a response head in this attempt, from the end of the request; `None` for no limit.
     fn per_try_timeout(&self) -> Option<Duration>;

@@ -1,0 +1,407 @@
+//! The agent's dealings with the controller: the node's own identity, the delta stream, certificates for pods.
+//!
+//! States: no identity → registered (token traded for a client certificate, kept on disk) → streaming. The node's
+//! certificate is renewed at a third of its life, and asked for anew when the controller has been refusing or away for a
+//! while: it may have another CA now. Whatever fails here leaves the last good state in force.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use bytes::Bytes;
+use mesh_api::client::{
+    Backoff, ClientIdentity, ControllerEndpoint, DeltaClient, DeltaClientConfig, DeltaUpdate, StreamStatus,
+};
+use mesh_api::proto::mesh::certificate_service_client::CertificateServiceClient;
+use mesh_api::proto::mesh::node_service_client::NodeServiceClient;
+use mesh_api::proto::mesh::{IssueRequest, IssueResponse, RegisterRequest};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tonic::transport::Channel;
+
+use super::Agent;
+use super::certificates::now;
+use super::mesh::Changes;
+use super::worker::ConfigureError;
+use crate::config::ControllerSettings;
+
+/// Longest wait for one answer of the controller.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// First pause after a failed registration.
+const RETRY_MIN: Duration = Duration::from_millis(200);
+/// Without a stream for this long, the node's certificate may be the reason.
+const SUSPECT_IDENTITY: Duration = Duration::from_secs(10);
+/// A worker that dies this often over one update does so because of it.
+const APPLY_ATTEMPTS: u32 = 3;
+
+/// How the dealings go.
+#[derive(Debug, Clone, Default, serde::Serialize)]
+pub(super) struct Status {
+    /// The node has a client certificate.
+    pub(super) registered: bool,
+    /// A stream is open.
+    pub(super) connected: bool,
+    /// Everything was received and applied at least once.
+    pub(super) synced: bool,
+    /// Streams so far.
+    pub(super) streams: u64,
+    /// The last failure; empty when none.
+    pub(super) last_error: String,
+    /// When the last update was applied, seconds since the epoch; 0 for never.
+    pub(super) last_update: i64,
+    /// Updates that were refused.
+    pub(super) refused_updates: u64,
+}
+
+impl Status {
+    /// For the end of an error message.
+    pub(super) fn describe(&self) -> String {
+        let error =
+            if self.last_error.is_empty() { String::new() } else { format!(" ({})", self.last_error) };
+        match (self.registered, self.connected, self.synced) {
+            (false, ..) => format!("this node is not registered with the controller{error}"),
+            (_, false, _) => format!("the controller is not connected{error}"),
+            (.., false) => format!("the controller is connected and has not said everything yet{error}"),
+            _ => "the controller is connected and in step".to_owned(),
+        }
+    }
+}
+
+/// The agent's end.
+pub(super) struct Controller {
+    settings: ControllerSettings,
+    status: Mutex<Status>,
+    endpoint: watch::Sender<Option<ControllerEndpoint>>,
+    /// Kept between calls; dropped when one fails.
+    channel: tokio::sync::Mutex<Option<Channel>>,
+}
+
+/// The node's client certificate and key, PEM.
+struct NodeIdentity {
+    key: String,
+    chain: String,
+    /// Roots that came with it, PEM.
+    roots: String,
+    /// Seconds since the epoch.
+    renew_at: i64,
+}
+
+fn to_pem(certificates: &[Bytes]) -> String {
+    certificates.iter().map(|der| pem::encode(&pem::Pem::new("CERTIFICATE", &der[..]))).collect()
+}
+
+fn one_line(status: &tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("{}: {}", status.code(), status.message())
+}
+
+fn read_text(path: &Path, what: &str) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {what} {}", path.display()))
+}
+
+impl Controller {
+    pub(super) fn new(settings: ControllerSettings) -> Self {
+        Self {
+            settings,
+            status: Mutex::default(),
+            endpoint: watch::Sender::new(None),
+            channel: tokio::sync::Mutex::default(),
+        }
+    }
+
+    pub(super) fn status(&self) -> Status {
+        self.status.lock().clone()
+    }
+
+    /// Whether everything was received and applied in this life of the agent.
+    pub(super) fn synced(&self) -> bool {
+        self.status.lock().synced
+    }
+
+    fn endpoint_with(
+        &self,
+        identity: Option<ClientIdentity>,
+        more_roots: &str,
+    ) -> anyhow::Result<ControllerEndpoint> {
+        let mut roots_pem = read_text(&self.settings.ca_file, "the controller's CA (controller.ca_file)")?;
+        roots_pem.push('\n');
+        roots_pem.push_str(more_roots);
+        Ok(ControllerEndpoint {
+            address: self.settings.address.clone(),
+            server_name: self.settings.server_name.clone(),
+            roots_pem,
+            identity,
+        })
+    }
+
+    /// Trades the token for a client certificate.
+    async fn register(&self, node: &str) -> anyhow::Result<NodeIdentity> {
+        let token = read_text(&self.settings.token_file, "the node's token (controller.token_file)")?;
+        let key = rcgen::KeyPair::generate().context("cannot make a key for the node")?;
+        let mut parameters = rcgen::CertificateParams::default();
+        parameters.distinguished_name = rcgen::DistinguishedName::new();
+        let csr = parameters.serialize_request(&key).context("cannot make a CSR for the node")?;
+        let channel = self.endpoint_with(None, "")?.connect().await?;
+        let request = RegisterRequest {
+            token: token.trim().to_owned(),
+            node: node.to_owned(),
+            csr_der: csr.der().to_vec().into(),
+        };
+        let answer = tokio::time::timeout(CALL_TIMEOUT, NodeServiceClient::new(channel).register(request))
+            .await
+            .context("the controller does not answer the registration")?
+            .map_err(|status| one_line(&status))
+            .context("the controller refuses the registration")?
+            .into_inner();
+        anyhow::ensure!(!answer.chain_der.is_empty(), "the controller answered without a certificate");
+        let now = now();
+        Ok(NodeIdentity {
+            key: key.serialize_pem(),
+            chain: to_pem(&answer.chain_der),
+            roots: to_pem(&answer.roots_der),
+            renew_at: now + (answer.not_after - now).max(0) / 3,
+        })
+    }
+
+    fn adopt_identity(&self, identity: &NodeIdentity) -> anyhow::Result<()> {
+        let client = ClientIdentity { chain_pem: identity.chain.clone(), key_pem: identity.key.clone() };
+        let endpoint = self.endpoint_with(Some(client), &identity.roots)?;
+        self.endpoint.send_replace(Some(endpoint));
+        self.status.lock().registered = true;
+        Ok(())
+    }
+
+    async fn channel(&self) -> anyhow::Result<Channel> {
+        let mut kept = self.channel.lock().await;
+        if let Some(channel) = &*kept {
+            return Ok(channel.clone());
+        }
+        let endpoint = self.endpoint.borrow().clone().context("this node is not registered yet")?;
+        let channel = endpoint.connect().await?;
+        *kept = Some(channel.clone());
+        Ok(channel)
+    }
+
+    /// Has a pod's certificate signed.
+    ///
+    /// # Errors
+    /// The controller's own, or that it is away.
+    pub(super) async fn issue(&self, uid: &str, csr_der: Vec<u8>) -> anyhow::Result<IssueResponse> {
+        let request = IssueRequest { pod_uid: uid.to_owned(), csr_der: csr_der.into() };
+        let mut client = CertificateServiceClient::new(self.channel().await?);
+        let answer = tokio::time::timeout(CALL_TIMEOUT, client.issue_workload(request)).await;
+        match answer {
+            Ok(Ok(answer)) => {
+                let answer = answer.into_inner();
+                anyhow::ensure!(
+                    !answer.chain_der.is_empty(),
+                    "the controller answered without a certificate"
+                );
+                Ok(answer)
+            }
+            Ok(Err(status)) => {
+                // A refusal would come over a new connection as well; anything else may be the connection's fault.
+                *self.channel.lock().await = None;
+                Err(one_line(&status).context("the controller does not sign for the pod"))
+            }
+            Err(_) => {
+                *self.channel.lock().await = None;
+                anyhow::bail!("the controller did not answer within {CALL_TIMEOUT:?}")
+            }
+        }
+    }
+}
+
+/// Reads the certificate kept from the last life, if it is still good.
+fn stored_identity(agent: &Agent) -> anyhow::Result<Option<NodeIdentity>> {
+    let Some((key, chain)) = agent.disk.load_node_identity()? else { return Ok(None) };
+    let leaf = pem::parse(&chain).context("the node's certificate on disk is no PEM")?;
+    let (_, leaf) = x509_parser::parse_x509_certificate(leaf.contents())
+        .context("the node's certificate on disk is no certificate")?;
+    let (from, until) = (leaf.validity().not_before.timestamp(), leaf.validity().not_after.timestamp());
+    if until <= now() {
+        return Ok(None);
+    }
+    Ok(Some(NodeIdentity { key, chain, roots: String::new(), renew_at: from + (until - from) / 3 }))
+}
+
+/// Keeps the node's identity; ends only when aborted.
+pub(super) async fn keep_identity(agent: Arc<Agent>) {
+    let controller = &agent.controller;
+    let mut renew_at = match stored_identity(&agent) {
+        Ok(Some(identity)) => match controller.adopt_identity(&identity) {
+            Ok(()) => identity.renew_at,
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "cannot use the node's certificate yet");
+                0
+            }
+        },
+        Ok(None) => 0,
+        Err(error) => {
+            tracing::warn!(error = format!("{error:#}"), "the node registers anew");
+            0
+        }
+    };
+    let mut failures: u32 = 0;
+    let mut unconnected = Duration::ZERO;
+    loop {
+        if controller.status.lock().connected {
+            unconnected = Duration::ZERO;
+        }
+        if now() < renew_at && unconnected < SUSPECT_IDENTITY {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            unconnected += Duration::from_secs(1);
+            continue;
+        }
+        let registered = controller.register(&agent.config.node.name).await;
+        let result = registered.and_then(|identity| {
+            agent.disk.save_node_identity(&identity.key, &identity.chain)?;
+            controller.adopt_identity(&identity)?;
+            Ok(identity.renew_at)
+        });
+        match result {
+            Ok(next) => {
+                tracing::info!(renew_at = next, "the node has a certificate");
+                (renew_at, failures, unconnected) = (next, 0, Duration::ZERO);
+                *controller.channel.lock().await = None;
+            }
+            Err(error) => {
+                failures += 1;
+                let error = format!("{error:#}");
+                // Once is enough until it changes: a controller may be away for long.
+                let repeated =
+                    std::mem::replace(&mut controller.status.lock().last_error, error.clone()) == error;
+                if !repeated {
+                    tracing::warn!(error, "the node cannot register with the controller; trying again");
+                }
+                let pause = RETRY_MIN
+                    .saturating_mul(1 << (failures - 1).min(16))
+                    .min(agent.config.controller.reconnect_max)
+                    .mul_f64(rand::random_range(0.5..=1.0));
+                tokio::time::sleep(pause).await;
+            }
+        }
+    }
+}
+
+/// Receives the mesh's state; ends only when aborted.
+pub(super) async fn receive(agent: Arc<Agent>) {
+    let mut identities = agent.controller.endpoint.subscribe();
+    let Ok(first) = identities.wait_for(Option::is_some).await.map(|e| e.clone()) else { return };
+    let Some(first) = first else { return };
+    let (endpoints, endpoint) = watch::channel(first);
+    let known = agent.state.lock().mesh.known();
+    let config = DeltaClientConfig {
+        node: agent.config.node.name.clone(),
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        backoff: Backoff { max: agent.config.controller.reconnect_max, ..Backoff::default() },
+    };
+    let mut client = DeltaClient::start(config, endpoint, known);
+    let mut status = client.status();
+    loop {
+        tokio::select! {
+            changed = identities.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                if let Some(endpoint) = identities.borrow_and_update().clone() {
+                    endpoints.send_replace(endpoint);
+                }
+            }
+            changed = status.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let now = status.borrow_and_update().clone();
+                note_status(&agent, now);
+            }
+            update = client.next() => match update {
+                Some(update) => apply(&agent, update).await,
+                None => return,
+            },
+        }
+    }
+}
+
+fn note_status(agent: &Agent, stream: StreamStatus) {
+    let before = {
+        let mut status = agent.controller.status.lock();
+        let before = status.clone();
+        status.connected = stream.connected;
+        status.synced = stream.synced;
+        status.streams = stream.streams_opened;
+        status.last_error.clone_from(&stream.last_error);
+        before
+    };
+    match (before.connected, stream.connected) {
+        (false, true) => tracing::info!("the controller is connected"),
+        (true, false) => {
+            tracing::warn!(
+                error = stream.last_error,
+                "the controller is away; the last good state stays in force"
+            );
+        }
+        (false, false) if before.last_error != stream.last_error => {
+            tracing::warn!(error = stream.last_error, "the controller cannot be reached; trying again");
+        }
+        _ => {}
+    }
+    agent.touch();
+}
+
+/// Puts one update in force, here and in the worker, and answers it.
+async fn apply(agent: &Agent, update: DeltaUpdate) {
+    let DeltaUpdate { type_url, upserts, removals, undecodable, answer, .. } = update;
+    for problem in &undecodable {
+        tracing::warn!(%problem, "a resource cannot be understood; its former state stays in force");
+    }
+    let changes = Changes {
+        upserts: upserts.into_iter().map(|u| (u.resource, u.version)).collect(),
+        removals: removals.into_iter().map(|name| (type_url, name)).collect(),
+    };
+    match put_in_force(agent, changes).await {
+        Ok(()) => {
+            agent.controller.status.lock().last_update = now();
+            agent.touch();
+            answer.accept();
+        }
+        Err(error) => {
+            agent.controller.status.lock().refused_updates += 1;
+            tracing::error!(type_url, %error, "an update is refused; the last good state stays in force");
+            answer.reject(error);
+        }
+    }
+}
+
+/// The worker first: what it refuses, the agent does not keep. A worker that dies meanwhile is followed by one that
+/// starts from the state before, and that one is asked again.
+async fn put_in_force(agent: &Agent, changes: Changes) -> Result<(), ConfigureError> {
+    let mut changed = agent.changed.subscribe();
+    for _ in 0..APPLY_ATTEMPTS {
+        let (worker, applied) = loop {
+            {
+                let state = agent.state.lock();
+                if let Some(worker) = &state.worker {
+                    let version = (state.mesh.revision() + 1).to_string();
+                    break (Arc::clone(worker), worker.configure(changes.to_config(version)));
+                }
+            }
+            if changed.changed().await.is_err() {
+                return Err(ConfigureError::Gone);
+            }
+        };
+        match applied.await {
+            Ok(()) => {
+                let mut state = agent.state.lock();
+                // Another worker may have begun without these changes since this one answered.
+                if state.worker.as_ref().is_some_and(|now| Arc::ptr_eq(now, &worker)) {
+                    state.mesh.apply(changes);
+                    return Ok(());
+                }
+            }
+            Err(ConfigureError::Gone) => {}
+            Err(refused) => return Err(refused),
+        }
+    }
+    Err(ConfigureError::Gone)
+}

@@ -1,0 +1,351 @@
+//! What survives a restart of the agent, in the state directory.
+//!
+//! ```text
+//! config            last good resources: magic, checksum, protobuf
+//! pods.json         enrolled pods: UID, path and cookie of the network namespace
+//! certificates/UID  a pod's certificate (public) and the name of its key in keyd
+//! node-key.pem      the node's own key, 0600
+//! node-chain.pem    and its certificate
+//! ```
+//! Files are replaced whole (write, sync, rename). A file that cannot be understood is reported and treated as absent:
+//! everything in it can be had again from the controller or by enrolling.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use mesh_api::codec::{RESOURCE_TYPES, content_version};
+use mesh_api::model::Resource;
+use prost::Message;
+use serde::{Deserialize, Serialize};
+
+use super::mesh::{Changes, Stored};
+
+/// First bytes of `config`: what it is and the version of its form.
+const MAGIC: &[u8] = b"sockmesh-config-1\n";
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Snapshot {
+    #[prost(message, repeated, tag = "1")]
+    resources: Vec<SnapshotResource>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct SnapshotResource {
+    #[prost(string, tag = "1")]
+    type_url: String,
+    #[prost(string, tag = "2")]
+    name: String,
+    #[prost(string, tag = "3")]
+    version: String,
+    #[prost(bytes = "bytes", tag = "4")]
+    value: bytes::Bytes,
+}
+
+/// An enrolled pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PodRecord {
+    /// `metadata.uid`.
+    pub(super) uid: String,
+    /// Path of its network namespace.
+    pub(super) netns: PathBuf,
+    /// Cookie of that namespace: tells it from another one under the same path.
+    pub(super) cookie: u64,
+}
+
+/// A pod's certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct CertificateRecord {
+    /// Name of the key in keyd.
+    pub(super) key_id: String,
+    /// DER, leaf first.
+    pub(super) chain: Vec<Vec<u8>>,
+    /// Seconds since the epoch.
+    pub(super) issued: i64,
+    /// Seconds since the epoch.
+    pub(super) not_after: i64,
+}
+
+/// The state directory.
+#[derive(Debug, Clone)]
+pub(super) struct Disk {
+    dir: PathBuf,
+}
+
+fn about(path: &Path, what: &str, e: &io::Error) -> io::Error {
+    io::Error::new(e.kind(), format!("cannot {what} {}: {e}", path.display()))
+}
+
+/// Makes a directory that only root may enter.
+///
+/// # Errors
+/// With the path.
+pub(super) fn make_private_dir(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| about(path, "make", &e))
+}
+
+/// UIDs become file names; Kubernetes makes them of hex digits and dashes.
+fn is_file_name(uid: &str) -> bool {
+    !uid.is_empty()
+        && uid.len() <= 128
+        && uid.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && !uid.starts_with('.')
+}
+
+impl Disk {
+    /// Opens the directory, making it if it is not there.
+    ///
+    /// # Errors
+    /// With the path.
+    pub(super) fn open(dir: &Path) -> io::Result<Self> {
+        make_private_dir(dir)?;
+        make_private_dir(&dir.join("certificates"))?;
+        Ok(Self { dir: dir.to_owned() })
+    }
+
+    fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let temporary = path.with_extension("new");
+        let write = || {
+            let mut file =
+                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            fs::rename(&temporary, path)?;
+            // The rename itself is only on disk when the directory is.
+            File::open(path.parent().unwrap_or(&self.dir))?.sync_all()
+        };
+        write().map_err(|e| about(path, "write", &e))
+    }
+
+    /// `None` when there is no such file.
+    fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
+        match fs::read(path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(about(path, "read", &e)),
+        }
+    }
+
+    fn remove(path: &Path) -> io::Result<()> {
+        match fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(about(path, "remove", &e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Keeps the resources.
+    ///
+    /// # Errors
+    /// With the path.
+    pub(super) fn save_config(&self, resources: Vec<(&'static str, String, Stored)>) -> io::Result<()> {
+        let snapshot = Snapshot {
+            resources: resources
+                .into_iter()
+                .map(|(type_url, name, stored)| SnapshotResource {
+                    type_url: type_url.to_owned(),
+                    name,
+                    version: stored.version,
+                    value: stored.value,
+                })
+                .collect(),
+        };
+        let body = snapshot.encode_to_vec();
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend_from_slice(content_version(&body).as_bytes());
+        bytes.push(b'\n');
+        bytes.extend_from_slice(&body);
+        self.replace(&self.dir.join("config"), &bytes)
+    }
+
+    /// The resources as one set of changes; empty when there are none.
+    ///
+    /// # Errors
+    /// When the file is unreadable, damaged, or of another form.
+    pub(super) fn load_config(&self) -> io::Result<Changes> {
+        let path = self.dir.join("config");
+        let Some(bytes) = Self::read(&path)? else { return Ok(Changes::default()) };
+        let damaged = |what: &str| io::Error::other(format!("{} {what}", path.display()));
+        let rest = bytes.strip_prefix(MAGIC).ok_or_else(|| damaged("is of another form"))?;
+        let end = memchr::memchr(b'\n', rest).ok_or_else(|| damaged("is cut short"))?;
+        let (checksum, body) = (&rest[..end], &rest[end + 1..]);
+        if checksum != content_version(body).as_bytes() {
+            return Err(damaged("does not match its checksum"));
+        }
+        let snapshot = Snapshot::decode(body).map_err(|e| damaged(&format!("is not protobuf: {e}")))?;
+        let mut changes = Changes::default();
+        for r in snapshot.resources {
+            if !RESOURCE_TYPES.contains(&r.type_url.as_str()) {
+                continue;
+            }
+            let resource = Resource::decode(&r.type_url, &r.name, &r.value).map_err(io::Error::other)?;
+            changes.upserts.push((resource, r.version));
+        }
+        Ok(changes)
+    }
+
+    /// Keeps the list of enrolled pods.
+    ///
+    /// # Errors
+    /// With the path.
+    pub(super) fn save_pods(&self, pods: &[PodRecord]) -> io::Result<()> {
+        let text = serde_json::to_vec_pretty(pods).map_err(io::Error::other)?;
+        self.replace(&self.dir.join("pods.json"), &text)
+    }
+
+    /// The enrolled pods of the agent's last life.
+    ///
+    /// # Errors
+    /// When the file is unreadable or damaged.
+    pub(super) fn load_pods(&self) -> io::Result<Vec<PodRecord>> {
+        let path = self.dir.join("pods.json");
+        match Self::read(&path)? {
+            None => Ok(Vec::new()),
+            Some(text) => serde_json::from_slice(&text)
+                .map_err(|e| io::Error::other(format!("{} is damaged: {e}", path.display()))),
+        }
+    }
+
+    fn certificate_path(&self, uid: &str) -> io::Result<PathBuf> {
+        if is_file_name(uid) {
+            Ok(self.dir.join("certificates").join(uid))
+        } else {
+            Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("pod UID {uid:?} may only hold letters, digits, '-', '_' and '.'"),
+            ))
+        }
+    }
+
+    /// Keeps a pod's certificate.
+    ///
+    /// # Errors
+    /// With the path.
+    pub(super) fn save_certificate(&self, uid: &str, record: &CertificateRecord) -> io::Result<()> {
+        let text = serde_json::to_vec(record).map_err(io::Error::other)?;
+        self.replace(&self.certificate_path(uid)?, &text)
+    }
+
+    /// A pod's certificate of the agent's last life.
+    ///
+    /// # Errors
+    /// When the file is unreadable or damaged.
+    pub(super) fn load_certificate(&self, uid: &str) -> io::Result<Option<CertificateRecord>> {
+        let path = self.certificate_path(uid)?;
+        match Self::read(&path)? {
+            None => Ok(None),
+            Some(text) => serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(|e| io::Error::other(format!("{} is damaged: {e}", path.display()))),
+        }
+    }
+
+    /// Forgets a pod's certificate.
+    ///
+    /// # Errors
+    /// With the path.
+    pub(super) fn remove_certificate(&self, uid: &str) -> io::Result<()> {
+        Self::remove(&self.certificate_path(uid)?)
+    }
+
+    /// Keeps the node's key and certificate (PEM).
+    ///
+    /// # Errors
+    /// With the path.
+    pub(super) fn save_node_identity(&self, key: &str, chain: &str) -> io::Result<()> {
+        // The chain last: a key without its chain is made anew, a chain without its key would be used.
+        Self::remove(&self.dir.join("node-chain.pem"))?;
+        self.replace(&self.dir.join("node-key.pem"), key.as_bytes())?;
+        self.replace(&self.dir.join("node-chain.pem"), chain.as_bytes())
+    }
+
+    /// The node's key and certificate (PEM).
+    ///
+    /// # Errors
+    /// When a file is unreadable or not text.
+    pub(super) fn load_node_identity(&self) -> io::Result<Option<(String, String)>> {
+        let text = |name: &str| {
+            let path = self.dir.join(name);
+            Self::read(&path)?
+                .map(|b| {
+                    String::from_utf8(b)
+                        .map_err(|_| io::Error::other(format!("{} is not text", path.display())))
+                })
+                .transpose()
+        };
+        Ok(text("node-key.pem")?.zip(text("node-chain.pem")?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_api::model::{Trust, Workload};
+
+    use crate::agent::mesh::Mesh;
+
+    fn disk() -> (tempfile::TempDir, Disk) {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk::open(&dir.path().join("state")).unwrap();
+        (dir, disk)
+    }
+
+    fn mesh() -> Mesh {
+        let mut mesh = Mesh::new("n1".to_owned());
+        mesh.apply(Changes {
+            upserts: vec![
+                (
+                    Resource::Workload(Workload {
+                        uid: "a".into(),
+                        node: "n1".into(),
+                        ..Workload::default()
+                    }),
+                    "v1".to_owned(),
+                ),
+                (
+                    Resource::Trust(Trust { trust_domain: "cluster.local".into(), ..Trust::default() }),
+                    "v2".to_owned(),
+                ),
+            ],
+            removals: Vec::new(),
+        });
+        mesh
+    }
+
+    #[test]
+    fn resources_and_their_versions_survive_a_round_trip() {
+        let (_dir, disk) = disk();
+        assert!(disk.load_config().unwrap().upserts.is_empty(), "nothing was saved yet");
+        disk.save_config(mesh().export()).unwrap();
+        let mut again = Mesh::new("n1".to_owned());
+        again.apply(disk.load_config().unwrap());
+        assert_eq!(again.known(), mesh().known());
+        assert!(again.local("a").is_some());
+    }
+
+    #[test]
+    fn a_damaged_file_is_an_error_and_never_half_a_state() {
+        let (dir, disk) = disk();
+        disk.save_config(mesh().export()).unwrap();
+        let path = dir.path().join("state/config");
+        let good = fs::read(&path).unwrap();
+        for cut in 0..good.len() {
+            fs::write(&path, &good[..cut]).unwrap();
+            assert!(disk.load_config().is_err(), "cut at {cut} of {}", good.len());
+        }
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            fs::write(&path, &bad).unwrap();
+            assert!(disk.load_config().is_err(), "bit flipped in byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_uid_that_is_a_path_is_refused() {
+        let (_dir, disk) = disk();
+        for bad in ["", "..", "../x", "a/b", ".hidden", "a\0"] {
+            assert!(disk.load_certificate(bad).is_err(), "{bad:?}");
+        }
+    }
+}

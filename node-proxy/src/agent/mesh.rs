@@ -1,0 +1,293 @@
+//! What this node knows of the mesh: the last good state of every resource.
+//!
+//! Resources are kept as the bytes that go to the worker. Beside them the agent keeps only what it needs itself: the
+//! workloads of this node, whom to trust, and which service addresses have nobody behind them. Pure data; whoever
+//! changes it tells the others.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mesh_api::client::KnownVersion;
+use mesh_api::codec::{DecodeError, RESOURCE_TYPES};
+use mesh_api::model::{Resource, Service, Trust, Workload};
+
+use crate::ipc::proto;
+
+/// One resource as it came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Stored {
+    /// The controller's version of it.
+    pub(super) version: String,
+    /// Protobuf.
+    pub(super) value: Bytes,
+}
+
+/// Changes of one update, not yet in force.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    /// New and changed resources with their versions.
+    pub(super) upserts: Vec<(Resource, String)>,
+    /// Type URLs and names of those that are gone.
+    pub(super) removals: Vec<(&'static str, String)>,
+}
+
+impl Changes {
+    /// The same as a message to the worker.
+    pub(super) fn to_config(&self, version: String) -> proto::Config {
+        let upsert = self
+            .upserts
+            .iter()
+            .map(|(resource, _)| {
+                let (type_url, name, value) = resource.encode();
+                proto::Resource { type_url: type_url.to_owned(), name, value }
+            })
+            .collect();
+        let remove = self
+            .removals
+            .iter()
+            .map(|(type_url, name)| proto::ResourceName {
+                type_url: (*type_url).to_owned(),
+                name: name.clone(),
+            })
+            .collect();
+        proto::Config { version, full: false, upsert, remove }
+    }
+}
+
+/// The state.
+#[derive(Debug, Default)]
+pub(super) struct Mesh {
+    node: String,
+    /// Counts changes; names the state towards the worker.
+    revision: u64,
+    resources: BTreeMap<(&'static str, String), Stored>,
+    local: BTreeMap<Arc<str>, Arc<Workload>>,
+    trust: Option<Arc<Trust>>,
+    refused: BTreeMap<String, Vec<(IpAddr, u16)>>,
+}
+
+/// Addresses and ports of a service that nobody ready serves.
+fn unserved(service: &Service) -> Vec<(IpAddr, u16)> {
+    let served: BTreeSet<u16> = service
+        .endpoints
+        .iter()
+        .filter(|e| e.ready && !e.terminating)
+        .flat_map(|e| e.ports.iter().map(|(port, _)| *port))
+        .collect();
+    service
+        .vips
+        .iter()
+        .flat_map(|vip| service.ports.iter().map(move |p| (*vip, p.port)))
+        .filter(|(_, port)| !served.contains(port))
+        .collect()
+}
+
+impl Mesh {
+    /// An empty state of the node of this name.
+    pub(super) fn new(node: String) -> Self {
+        Self { node, ..Self::default() }
+    }
+
+    /// Whether anything is known yet.
+    pub(super) fn is_empty(&self) -> bool {
+        self.resources.is_empty()
+    }
+
+    /// Number of changes so far.
+    pub(super) fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// Number of resources by type URL.
+    pub(super) fn counts(&self) -> Vec<(&'static str, usize)> {
+        RESOURCE_TYPES
+            .iter()
+            .map(|t| (*t, self.resources.keys().filter(|(type_url, _)| type_url == t).count()))
+            .collect()
+    }
+
+    /// The workload of this UID, if it belongs to this node.
+    pub(super) fn local(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.local.get(uid)
+    }
+
+    /// Whom the mesh trusts.
+    pub(super) fn trust(&self) -> Option<&Arc<Trust>> {
+        self.trust.as_ref()
+    }
+
+    /// Service addresses that refuse at once.
+    pub(super) fn refused(&self) -> Vec<(IpAddr, u16)> {
+        self.refused.values().flatten().copied().collect()
+    }
+
+    /// Puts `changes` in force.
+    pub(super) fn apply(&mut self, changes: Changes) {
+        self.revision += 1;
+        for (resource, version) in changes.upserts {
+            let (type_url, name, value) = resource.encode();
+            self.index(&name, &resource);
+            self.resources.insert((type_url, name), Stored { version, value: value.into() });
+        }
+        for (type_url, name) in changes.removals {
+            if self.resources.remove(&(type_url, name.clone())).is_some() {
+                match type_url {
+                    mesh_api::model::WORKLOAD_TYPE => drop(self.local.remove(name.as_str())),
+                    mesh_api::model::SERVICE_TYPE => drop(self.refused.remove(&name)),
+                    _ => self.trust = None,
+                }
+            }
+        }
+    }
+
+    fn index(&mut self, name: &str, resource: &Resource) {
+        match resource {
+            Resource::Workload(w) if *w.node == *self.node => {
+                self.local.insert(Arc::clone(&w.uid), Arc::new(w.clone()));
+            }
+            Resource::Workload(w) => drop(self.local.remove(&w.uid)),
+            Resource::Service(s) => {
+                let unserved = unserved(s);
+                if unserved.is_empty() {
+                    self.refused.remove(name);
+                } else {
+                    self.refused.insert(name.to_owned(), unserved);
+                }
+            }
+            Resource::Trust(t) => self.trust = Some(Arc::new(t.clone())),
+        }
+    }
+
+    /// Name of the present state towards the worker.
+    pub(super) fn version(&self) -> String {
+        self.revision.to_string()
+    }
+
+    /// Everything, as a message to a worker that starts.
+    pub(super) fn full(&self) -> proto::Config {
+        let upsert = self
+            .resources
+            .iter()
+            .map(|((type_url, name), stored)| proto::Resource {
+                type_url: (*type_url).to_owned(),
+                name: name.clone(),
+                value: stored.value.to_vec(),
+            })
+            .collect();
+        proto::Config { version: self.version(), full: true, upsert, remove: Vec::new() }
+    }
+
+    /// What the controller need not send again.
+    pub(super) fn known(&self) -> Vec<KnownVersion> {
+        self.resources
+            .iter()
+            .map(|((type_url, name), stored)| KnownVersion {
+                type_url,
+                name: name.clone(),
+                version: stored.version.clone(),
+            })
+            .collect()
+    }
+
+    /// Everything, for the disk. Cheap: the bytes are shared.
+    pub(super) fn export(&self) -> Vec<(&'static str, String, Stored)> {
+        self.resources
+            .iter()
+            .map(|((type_url, name), stored)| (*type_url, name.clone(), stored.clone()))
+            .collect()
+    }
+
+    /// The decoded resources, for people.
+    pub(super) fn dump(&self) -> Result<Vec<Resource>, DecodeError> {
+        self.resources
+            .iter()
+            .map(|((type_url, name), stored)| Resource::decode(type_url, name, &stored.value))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_api::model::{AppProtocol, Endpoint, ServicePort};
+
+    fn workload(uid: &str, node: &str) -> Resource {
+        Resource::Workload(Workload { uid: uid.into(), node: node.into(), ..Workload::default() })
+    }
+
+    fn service(endpoints: &[(bool, bool, u16)]) -> Service {
+        let port = |port| ServicePort { port, name: "".into(), protocol: AppProtocol::Detect };
+        Service {
+            name: "web".into(),
+            namespace: "shop".into(),
+            hostname: "web.shop.svc.cluster.local".into(),
+            vips: vec!["10.96.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            ports: vec![port(80), port(443)],
+            endpoints: endpoints
+                .iter()
+                .map(|(ready, terminating, port)| Endpoint {
+                    address: "10.0.0.1".parse().unwrap(),
+                    workload: None,
+                    ready: *ready,
+                    terminating: *terminating,
+                    ports: vec![(*port, 8080)],
+                })
+                .collect(),
+        }
+    }
+
+    fn upsert(mesh: &mut Mesh, resource: Resource) {
+        mesh.apply(Changes { upserts: vec![(resource, "v".to_owned())], removals: Vec::new() });
+    }
+
+    #[test]
+    fn only_workloads_of_this_node_are_local() {
+        let mut mesh = Mesh::new("n1".to_owned());
+        upsert(&mut mesh, workload("a", "n1"));
+        upsert(&mut mesh, workload("b", "n2"));
+        assert!(mesh.local("a").is_some() && mesh.local("b").is_none());
+        upsert(&mut mesh, workload("a", "n2"));
+        assert!(mesh.local("a").is_none(), "it belongs to another node now");
+        upsert(&mut mesh, workload("b", "n1"));
+        mesh.apply(Changes {
+            upserts: Vec::new(),
+            removals: vec![(mesh_api::model::WORKLOAD_TYPE, "b".to_owned())],
+        });
+        assert!(mesh.local("b").is_none());
+        assert_eq!(mesh.revision(), 5);
+    }
+
+    #[test]
+    fn a_port_without_a_ready_endpoint_refuses_on_every_address_until_one_comes() {
+        let mut mesh = Mesh::new("n1".to_owned());
+        let v4: IpAddr = "10.96.0.1".parse().unwrap();
+        let v6: IpAddr = "fd00::1".parse().unwrap();
+        upsert(&mut mesh, Resource::Service(service(&[(true, false, 80), (false, false, 443)])));
+        assert_eq!(mesh.refused(), [(v4, 443), (v6, 443)]);
+        upsert(&mut mesh, Resource::Service(service(&[(true, true, 80)])));
+        assert_eq!(mesh.refused(), [(v4, 80), (v4, 443), (v6, 80), (v6, 443)]);
+        upsert(&mut mesh, Resource::Service(service(&[(true, false, 80), (true, false, 443)])));
+        assert_eq!(mesh.refused(), []);
+    }
+
+    #[test]
+    fn the_full_message_has_what_the_changes_made() {
+        let mut mesh = Mesh::new("n1".to_owned());
+        upsert(&mut mesh, workload("a", "n1"));
+        upsert(&mut mesh, workload("b", "n1"));
+        let changes = Changes {
+            upserts: vec![(Resource::Service(service(&[])), "v2".to_owned())],
+            removals: vec![(mesh_api::model::WORKLOAD_TYPE, "b".to_owned())],
+        };
+        let message = changes.to_config("3".to_owned());
+        assert_eq!((message.full, message.upsert.len(), message.remove.len()), (false, 1, 1));
+        mesh.apply(changes);
+        let full = mesh.full();
+        assert!(full.full && full.version == "3");
+        let names: Vec<&str> = full.upsert.iter().map(|r| r.name.as_str()).collect();
+        assert_eq!(names, ["shop/web", "a"]);
+        assert_eq!(mesh.dump().unwrap().len(), 2);
+    }
+}

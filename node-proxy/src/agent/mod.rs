@@ -1,0 +1,347 @@
+//! The agent: the node's one privileged process. It holds what must not be in the hands of those who parse tenants'
+//! bytes, and never parses one itself.
+//!
+//! * [`controller`] receives the mesh's state, [`mesh`] keeps it, [`disk`] keeps it over restarts;
+//! * [`pods`] enrols pods: sockets from [`netns`], certificates from [`certificates`], capture from `redirect-bpf`;
+//! * [`worker`] and [`keyd`] keep the two processes below alive ([`process`]) and talk to them;
+//! * [`requests`] answers the command line, [`admin`] answers operators ([`metrics`], [`status`]);
+//! * [`uninstall`] removes every trace.
+//!
+//! Start: kernel checked → programs, maps and links adopted or made → last good state and pods from disk → keyd and worker
+//! adopted or started → controller. Capture goes on throughout, since links are pinned. The end of the agent (SIGTERM)
+//! ends nothing else: worker and keyd go on with what they have, and the next agent finds them by their sockets.
+//!
+//! One thread runs all of this, and a second one enters the pods' namespaces. The state has one lock; it is never held
+//! across an await, and taken before that of the redirection.
+
+mod admin;
+mod certificates;
+mod controller;
+mod disk;
+mod keyd;
+mod mesh;
+mod metrics;
+mod netns;
+mod pods;
+mod process;
+mod requests;
+mod status;
+mod uninstall;
+mod worker;
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use anyhow::Context;
+use nix::fcntl::{Flock, FlockArg};
+use parking_lot::Mutex;
+use redirect_bpf::{Opened, Redirect};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+pub use requests::{Reply, Request, ask};
+pub use status::{PodStatus, StatusDocument};
+pub use uninstall::uninstall;
+
+use crate::config::NodeConfig;
+use controller::Controller;
+use disk::Disk;
+use keyd::KeydClient;
+use mesh::Mesh;
+use netns::NetnsThread;
+use pods::{Pod, PodLocks};
+use process::Launcher;
+use worker::WorkerLink;
+
+/// How long changes are gathered before they go to disk.
+const SAVE_DELAY: Duration = Duration::from_millis(500);
+
+/// What changes, behind one lock.
+struct State {
+    mesh: Mesh,
+    pods: BTreeMap<Arc<str>, Pod>,
+    worker: Option<Arc<WorkerLink>>,
+}
+
+/// What only ever grows.
+#[derive(Default)]
+struct Counters {
+    worker_restarts: AtomicU64,
+    keyd_restarts: Arc<AtomicU64>,
+    certificates_issued: AtomicU64,
+    certificate_failures: AtomicU64,
+}
+
+struct Agent {
+    config: NodeConfig,
+    disk: Disk,
+    redirect: Mutex<Redirect>,
+    /// How the redirection was found.
+    opened: Opened,
+    netns: NetnsThread,
+    /// Cookie of the node's own network namespace.
+    node_cookie: u64,
+    state: Mutex<State>,
+    pod_locks: PodLocks,
+    /// Tells that something changed; what, everyone sees for themselves.
+    changed: watch::Sender<()>,
+    keyd: watch::Receiver<Option<Arc<KeydClient>>>,
+    controller: Controller,
+    counters: Counters,
+    /// Asks the agent to end, with everything below it.
+    stop: tokio::sync::Notify,
+}
+
+/// A task that ends with its handle.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Agent {
+    /// Wakes everyone who waits for a change of the state.
+    fn touch(&self) {
+        self.changed.send_replace(());
+    }
+
+    /// The keyd of the hour; waits while there is none.
+    async fn current_keyd(&self) -> Arc<KeydClient> {
+        let mut keyds = self.keyd.clone();
+        loop {
+            if let Some(keyd) = keyds.borrow_and_update().clone() {
+                return keyd;
+            }
+            if keyds.changed().await.is_err() {
+                // The supervisor is gone because the agent ends.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+/// Refuses to start where redirection cannot work, and names what merely costs something.
+fn check_kernel(bpffs: &Path) -> anyhow::Result<()> {
+    let mut fatal = Vec::new();
+    for missing in redirect_bpf::probe(bpffs) {
+        let line = format!("{}: {}; {}", missing.feature, missing.cost, missing.remedy);
+        if missing.fatal {
+            fatal.push(line);
+        } else {
+            tracing::warn!(
+                feature = missing.feature,
+                cost = missing.cost,
+                remedy = missing.remedy,
+                "missing"
+            );
+        }
+    }
+    anyhow::ensure!(fatal.is_empty(), "this node cannot run the mesh:\n  {}", fatal.join("\n  "));
+    Ok(())
+}
+
+/// One agent per run directory: the lock lives as long as the process.
+fn lock(run_dir: &Path) -> anyhow::Result<Flock<std::fs::File>> {
+    let path = run_dir.join("agent.lock");
+    let file = std::fs::File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+        nix::errno::Errno::EWOULDBLOCK => {
+            anyhow::anyhow!(
+                "another agent runs with {}; end it first, or choose another --run-dir",
+                run_dir.display()
+            )
+        }
+        e => anyhow::anyhow!("cannot lock {}: {e}", path.display()),
+    })
+}
+
+/// Runs the agent until it is told to end. `log_arguments` go to the processes below it.
+///
+/// # Errors
+/// What keeps it from starting, for a person.
+pub async fn run(mut config: NodeConfig, log_arguments: Vec<String>) -> anyhow::Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        anyhow::bail!("the agent needs root: it loads BPF programs and enters the pods' network namespaces");
+    }
+    if config.worker.threads == 0 {
+        // Decided here, because keyd's signing channels are one for each thread.
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        config.worker.threads = u32::try_from(cpus).unwrap_or(1);
+    }
+    raise_file_limit();
+    disk::make_private_dir(&config.node.run_dir)?;
+    let _lock = lock(&config.node.run_dir)?;
+    let disk = Disk::open(&config.node.state_dir)?;
+    check_kernel(&config.node.bpffs)?;
+
+    let node_cookie = {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+            .context("cannot make a socket")?;
+        redirect_bpf::netns_cookie(socket.as_fd())
+            .context("cannot read the cookie of the node's namespace")?
+    };
+    let redirect = Redirect::open(&redirect_bpf::Options {
+        bpffs: config.node.bpffs.clone(),
+        node: config.node.name.clone(),
+        cgroup: config.node.cgroup.clone(),
+        node_netns_cookie: node_cookie,
+        exclusions: redirect_bpf::Exclusions::default(),
+    })
+    .context("cannot install the redirection")?;
+    let opened = redirect.opened().clone();
+    tracing::info!(node = config.node.name, redirection = ?opened, "the agent starts");
+
+    let mut mesh = Mesh::new(config.node.name.clone());
+    match disk.load_config() {
+        Ok(changes) if changes.upserts.is_empty() => {}
+        Ok(changes) => {
+            tracing::info!(resources = changes.upserts.len(), "starting from the last good configuration");
+            mesh.apply(changes);
+        }
+        Err(error) => {
+            tracing::warn!(%error, "starting without a configuration until the controller sends one")
+        }
+    }
+    let (keyd_sender, keyd) = watch::channel(None);
+    let launcher =
+        Launcher { run_dir: config.node.run_dir.clone(), settings: config.processes.clone(), log_arguments };
+    let agent = Arc::new(Agent {
+        netns: NetnsThread::start(&config.worker.timeouts).context("cannot start the namespace thread")?,
+        controller: Controller::new(config.controller.clone()),
+        disk,
+        redirect: Mutex::new(redirect),
+        opened,
+        node_cookie,
+        state: Mutex::new(State { mesh, pods: BTreeMap::new(), worker: None }),
+        pod_locks: PodLocks::default(),
+        changed: watch::Sender::new(()),
+        keyd,
+        counters: Counters::default(),
+        stop: tokio::sync::Notify::new(),
+        config,
+    });
+    pods::restore(&agent)?;
+    // Before anything is started, so that a port in use ends the start and nothing else.
+    let admin = admin::bind(agent.config.node.admin).await?;
+    let requests = requests::bind(&agent.config.node.run_dir)?;
+
+    let below = [
+        AbortOnDrop(tokio::spawn(keyd::supervise(
+            launcher.clone(),
+            keyd_sender,
+            Arc::clone(&agent.counters.keyd_restarts),
+        ))),
+        AbortOnDrop(tokio::spawn(worker::supervise(Arc::clone(&agent), launcher))),
+    ];
+    let _tasks = [
+        AbortOnDrop(tokio::spawn(controller::keep_identity(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(controller::receive(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(pods::follow(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(follow_refused(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(follow_disk(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(admin::serve(Arc::clone(&agent), admin))),
+        AbortOnDrop(tokio::spawn(requests::serve(Arc::clone(&agent), requests))),
+    ];
+
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+        .context("cannot wait for SIGTERM")?;
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("ending; worker and keyd go on and wait for the next agent"),
+        result = tokio::signal::ctrl_c() => {
+            result.context("cannot wait for SIGINT")?;
+            tracing::info!("ending; worker and keyd go on and wait for the next agent");
+        }
+        () = agent.stop.notified() => {
+            tracing::info!("ending, with worker and keyd");
+            drop(below);
+            end_below(&agent).await?;
+        }
+    }
+    save_config(&agent).await;
+    Ok(())
+}
+
+/// Every pod costs a handful of descriptors here; the usual soft limit of 1024 is no reason to refuse one.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
+/// Ends worker and keyd.
+async fn end_below(agent: &Agent) -> anyhow::Result<()> {
+    let worker = agent.state.lock().worker.as_ref().map(|w| w.pid());
+    let keyd = agent.keyd.borrow().as_ref().map(|k| k.pid());
+    for pid in [worker, keyd].into_iter().flatten() {
+        process::end(pid).await?;
+    }
+    Ok(())
+}
+
+/// Tells the kernel which service addresses refuse at once.
+async fn follow_refused(agent: Arc<Agent>) {
+    let mut changes = agent.changed.subscribe();
+    let mut done_for = None;
+    loop {
+        let (revision, refused) = {
+            let state = agent.state.lock();
+            let revision = state.mesh.revision();
+            (revision, (done_for != Some(revision)).then(|| state.mesh.refused()))
+        };
+        if let Some(refused) = refused {
+            match agent.redirect.lock().set_refused(&refused) {
+                Ok(()) => done_for = Some(revision),
+                Err(error) => tracing::error!(
+                    %error,
+                    "connections to services without an endpoint are refused by the worker instead of the kernel"
+                ),
+            }
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn save_config(agent: &Agent) {
+    let (resources, empty) = {
+        let state = agent.state.lock();
+        (state.mesh.export(), state.mesh.is_empty())
+    };
+    if empty {
+        return;
+    }
+    let disk = agent.disk.clone();
+    let saved = tokio::task::spawn_blocking(move || disk.save_config(resources)).await;
+    let saved = saved.map_err(std::io::Error::other).and_then(|saved| saved);
+    if let Err(error) = saved {
+        tracing::error!(%error, "the configuration is not on disk; a restart without the controller would miss it");
+    }
+}
+
+/// Keeps the last good state on disk.
+async fn follow_disk(agent: Arc<Agent>) {
+    let mut changes = agent.changed.subscribe();
+    let mut saved = agent.state.lock().mesh.revision();
+    loop {
+        let revision = agent.state.lock().mesh.revision();
+        if revision != saved {
+            tokio::time::sleep(SAVE_DELAY).await;
+            save_config(&agent).await;
+            saved = revision;
+            continue;
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,471 @@
+//! Pods of this node: enrolling, following their workload, and letting go.
+//!
+//! States of a pod: *being prepared* (listeners open, worker told, certificate on its way; nothing captured) → *captured*
+//! → *gone*. Capture begins last, so the pod's first captured connection finds everything in place, and ends first. An
+//! enrolled pod is written down; the next agent takes it up again if its namespace is still the same.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use mesh_api::model::{MtlsMode, Workload};
+use parking_lot::Mutex;
+use redirect_bpf::{PodSettings, PodSpec};
+use tokio::time::Instant;
+
+use super::certificates::{self, HeldCertificate};
+use super::disk::PodRecord;
+use super::netns::{self, Listeners};
+use super::{AbortOnDrop, Agent};
+use crate::ipc::proto::ListenerKind;
+
+/// One enrolled pod.
+pub(super) struct Pod {
+    pub(super) netns_path: PathBuf,
+    pub(super) netns: Arc<OwnedFd>,
+    pub(super) cookie: u64,
+    /// Empty while nobody knows: after a restart, until the worker is found or started.
+    pub(super) listeners: Listeners,
+    pub(super) certificate: Option<HeldCertificate>,
+    /// Why there is no certificate, or no newer one.
+    pub(super) certificate_error: Option<String>,
+    /// Everything is in place, so capture it.
+    ready: bool,
+    /// What the kernel was told last.
+    pub(super) applied: Option<PodSettings>,
+    /// Keeps the certificate young.
+    _renewal: AbortOnDrop,
+}
+
+impl Pod {
+    /// Whether the kernel captures it as it should.
+    pub(super) fn captured(&self) -> bool {
+        self.applied.is_some()
+    }
+}
+
+/// Serialises what happens to one pod.
+#[derive(Default)]
+pub(super) struct PodLocks(Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>);
+
+impl PodLocks {
+    async fn lock(&self, uid: &str) -> tokio::sync::OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.0.lock();
+            // Nobody holds or waits for those that only the table has.
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            Arc::clone(locks.entry(uid.to_owned()).or_default())
+        };
+        lock.lock_owned().await
+    }
+}
+
+/// What redirection has to know, from what the controller says.
+fn settings_of(workload: &Workload) -> PodSettings {
+    let off: Vec<u16> = workload
+        .mtls_ports
+        .iter()
+        .filter(|(_, mode)| *mode == MtlsMode::Disabled)
+        .map(|(port, _)| *port)
+        .collect();
+    let all_off = workload.mtls == MtlsMode::Disabled && off.len() == workload.mtls_ports.len();
+    let exclusions = &workload.exclusions;
+    let mut inbound_ports = exclusions.inbound_ports.clone();
+    inbound_ports.extend(off);
+    inbound_ports.sort_unstable();
+    inbound_ports.dedup();
+    PodSettings {
+        addresses: workload.addresses.clone(),
+        capture_outbound: true,
+        capture_inbound: !all_off,
+        fail_closed: workload.fail_closed,
+        exclusions: redirect_bpf::Exclusions {
+            outbound_ports: exclusions.outbound_ports.clone(),
+            outbound_cidrs: exclusions.outbound_cidrs.clone(),
+            inbound_ports,
+            inbound_cidrs: exclusions.inbound_cidrs.clone(),
+        },
+    }
+}
+
+fn borrow(listeners: &Listeners) -> redirect_bpf::Listeners<'_> {
+    let find = |wanted: ListenerKind| {
+        listeners.iter().find(|(kind, _)| *kind == wanted).map(|(_, descriptor)| descriptor.as_fd())
+    };
+    redirect_bpf::Listeners {
+        outbound_v4: find(ListenerKind::OutboundV4),
+        outbound_v6: find(ListenerKind::OutboundV6),
+        inbound_v4: find(ListenerKind::InboundV4),
+        inbound_v6: find(ListenerKind::InboundV6),
+    }
+}
+
+/// Brings the kernel's entry of a pod to what the workload says now, if the pod is ready for it.
+fn capture(agent: &Agent, uid: &str) -> anyhow::Result<()> {
+    let mut state = agent.state.lock();
+    let state = &mut *state;
+    let (Some(workload), Some(pod)) = (state.mesh.local(uid), state.pods.get_mut(uid)) else { return Ok(()) };
+    let settings = settings_of(workload);
+    if !pod.ready || pod.listeners.is_empty() || pod.applied.as_ref() == Some(&settings) {
+        return Ok(());
+    }
+    let spec = PodSpec {
+        netns_cookie: pod.cookie,
+        netns: pod.netns.as_fd(),
+        settings: settings.clone(),
+        listeners: borrow(&pod.listeners),
+    };
+    agent.redirect.lock().enrol(&spec).with_context(|| format!("cannot capture pod {uid}"))?;
+    pod.applied = Some(settings);
+    Ok(())
+}
+
+/// Gives a restored pod its listeners and the kernel their ports.
+pub(super) fn set_listeners(agent: &Agent, uid: &str, listeners: Listeners) {
+    {
+        let mut state = agent.state.lock();
+        let Some(pod) = state.pods.get_mut(uid) else { return };
+        pod.listeners = listeners;
+        pod.applied = None;
+    }
+    if let Err(error) = capture(agent, uid) {
+        tracing::error!(uid, error = format!("{error:#}"), "a pod of the last life is not captured");
+    }
+}
+
+fn insert(
+    agent: &Arc<Agent>,
+    uid: &str,
+    record: &PodRecord,
+    netns: OwnedFd,
+    listeners: Listeners,
+    ready: bool,
+) {
+    let certificate = match agent.disk.load_certificate(uid) {
+        Ok(record) => record.map(|record| HeldCertificate::new(record, &agent.config.certificates)),
+        Err(error) => {
+            tracing::warn!(uid, %error, "the pod gets a new certificate");
+            None
+        }
+    };
+    let renewal = AbortOnDrop(tokio::spawn(certificates::keep(Arc::clone(agent), uid.to_owned())));
+    let mut state = agent.state.lock();
+    if let Some(worker) = &state.worker {
+        worker.pod_added(uid, record.cookie, &listeners);
+    }
+    let pod = Pod {
+        netns_path: record.netns.clone(),
+        netns: Arc::new(netns),
+        cookie: record.cookie,
+        listeners,
+        certificate,
+        certificate_error: None,
+        ready,
+        applied: None,
+        _renewal: renewal,
+    };
+    state.pods.insert(uid.into(), pod);
+}
+
+/// Enrols a running pod; returns when capture, certificate and policy are in place. Again for the same pod is no error.
+///
+/// # Errors
+/// What is missing, for a person. Nothing is left half done.
+pub(super) async fn enrol(
+    agent: &Arc<Agent>,
+    uid: &str,
+    path: &Path,
+    timeout: Duration,
+) -> anyhow::Result<()> {
+    let _guard = agent.pod_locks.lock(uid).await;
+    let deadline = Instant::now() + timeout;
+    wait_for_workload(agent, uid, deadline).await?;
+
+    let netns = netns::open(path)?;
+    let cookie = redirect_bpf::netns_cookie_of(netns.as_fd())
+        .with_context(|| format!("{} is not a network namespace", path.display()))?;
+    anyhow::ensure!(
+        cookie != agent.node_cookie,
+        "{} is the node's own network namespace; pods that use it are not enrolled",
+        path.display()
+    );
+    let (before, other) = {
+        let state = agent.state.lock();
+        let other = state.pods.iter().find(|(u, p)| ***u != *uid && p.cookie == cookie);
+        (state.pods.get(uid).map(|p| p.cookie), other.map(|(u, _)| Arc::clone(u)))
+    };
+    if let Some(other) = other {
+        anyhow::bail!("{} belongs to pod {other}, which is enrolled; unenrol that first", path.display());
+    }
+    match before {
+        Some(before) if before == cookie => return wait_until_captured(agent, uid, deadline).await,
+        // The pod's sandbox was made anew.
+        Some(_) => release(agent, uid)?,
+        None => {}
+    }
+
+    let netns_again = netns.try_clone().context("cannot duplicate a descriptor")?;
+    let listeners = tokio::time::timeout_at(deadline, agent.netns.listeners(Arc::new(netns_again)))
+        .await
+        .context("the namespace thread is busy")??;
+    let record = PodRecord { uid: uid.to_owned(), netns: path.to_owned(), cookie };
+    insert(agent, uid, &record, netns, listeners, false);
+    agent.touch();
+    let prepared = async {
+        wait_for_certificate(agent, uid, deadline).await?;
+        if let Some(pod) = agent.state.lock().pods.get_mut(uid) {
+            pod.ready = true;
+        }
+        capture(agent, uid)?;
+        wait_until_captured(agent, uid, deadline).await?;
+        save(agent)
+    }
+    .await;
+    if let Err(error) = prepared {
+        if let Err(also) = release(agent, uid) {
+            tracing::error!(uid, error = format!("{also:#}"), "cannot undo a failed enrolment");
+        }
+        return Err(error);
+    }
+    agent.touch();
+    tracing::info!(uid, netns = %path.display(), "enrolled");
+    Ok(())
+}
+
+/// Waits until `reached` holds, looking again at each change of the state.
+async fn wait_until(agent: &Agent, deadline: Instant, mut reached: impl FnMut(&Agent) -> bool) -> bool {
+    let mut changes = agent.changed.subscribe();
+    loop {
+        if reached(agent) {
+            return true;
+        }
+        match tokio::time::timeout_at(deadline, changes.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => return false,
+        }
+    }
+}
+
+async fn wait_for_workload(agent: &Agent, uid: &str, deadline: Instant) -> anyhow::Result<()> {
+    let there = |agent: &Agent| {
+        let state = agent.state.lock();
+        state.mesh.trust().is_some() && state.mesh.local(uid).is_some_and(|w| w.enrolled && !w.host_network)
+    };
+    if wait_until(agent, deadline, there).await {
+        return Ok(());
+    }
+    let state = agent.state.lock();
+    match state.mesh.local(uid) {
+        Some(w) if w.host_network => anyhow::bail!(
+            "pod {}/{} uses the node's network namespace and cannot be enrolled",
+            w.namespace,
+            w.name
+        ),
+        Some(w) if !w.enrolled => anyhow::bail!(
+            "pod {}/{} did not opt in; label its namespace or the pod with sockmesh.io/mesh=enabled",
+            w.namespace,
+            w.name
+        ),
+        Some(_) => anyhow::bail!(
+            "the controller has not said yet whom to trust; {}",
+            agent.controller.status().describe()
+        ),
+        None => anyhow::bail!(
+            "the controller has no pod with UID {uid} on node {}; {}",
+            agent.config.node.name,
+            agent.controller.status().describe()
+        ),
+    }
+}
+
+async fn wait_for_certificate(agent: &Agent, uid: &str, deadline: Instant) -> anyhow::Result<()> {
+    let there = |agent: &Agent| {
+        let keyd = agent.keyd.borrow().clone();
+        let state = agent.state.lock();
+        let certificate = state.pods.get(uid).and_then(|pod| pod.certificate.as_ref());
+        state.worker.is_some()
+            && keyd.zip(certificate).is_some_and(|(keyd, held)| keyd.has_key(&held.record.key_id))
+    };
+    if wait_until(agent, deadline, there).await {
+        return Ok(());
+    }
+    let state = agent.state.lock();
+    if state.worker.is_none() {
+        anyhow::bail!("there is no worker; look for its end in the agent's log");
+    }
+    let why = state.pods.get(uid).and_then(|pod| pod.certificate_error.clone());
+    anyhow::bail!("no certificate for pod {uid}: {}", why.unwrap_or_else(|| "no answer yet".to_owned()))
+}
+
+async fn wait_until_captured(agent: &Agent, uid: &str, deadline: Instant) -> anyhow::Result<()> {
+    let captured = |agent: &Agent| agent.state.lock().pods.get(uid).is_some_and(Pod::captured);
+    if wait_until(agent, deadline, captured).await {
+        Ok(())
+    } else {
+        anyhow::bail!("pod {uid} is enrolled and not captured yet; see `sockmesh-node status`")
+    }
+}
+
+/// Lets a pod go: capture ends at once, its connections may live on for the drain deadline. Unknown pods are no error.
+///
+/// # Errors
+/// When the kernel refuses; the pod then stays enrolled.
+pub(super) async fn unenrol(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<bool> {
+    let _guard = agent.pod_locks.lock(uid).await;
+    if !agent.state.lock().pods.contains_key(uid) {
+        return Ok(false);
+    }
+    release(agent, uid)?;
+    save(agent)?;
+    tracing::info!(uid, "unenrolled");
+    Ok(true)
+}
+
+fn release(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<()> {
+    let drain = agent.config.worker.drain_deadline;
+    let pod = {
+        let mut state = agent.state.lock();
+        let Some(pod) = state.pods.get(uid) else { return Ok(()) };
+        agent
+            .redirect
+            .lock()
+            .unenrol(pod.cookie)
+            .with_context(|| format!("cannot stop capturing pod {uid}"))?;
+        let pod = state.pods.remove(uid);
+        if let Some(worker) = &state.worker {
+            worker.pod_removed(uid, drain);
+        }
+        pod
+    };
+    agent.touch();
+    if let Err(error) = agent.disk.remove_certificate(uid) {
+        tracing::warn!(uid, %error, "the pod's certificate stays on disk");
+    }
+    if let Some(held) = pod.and_then(|pod| pod.certificate) {
+        certificates::drop_key_later(agent, held.record.key_id, drain);
+    }
+    Ok(())
+}
+
+fn save(agent: &Agent) -> anyhow::Result<()> {
+    let records: Vec<PodRecord> = agent
+        .state
+        .lock()
+        .pods
+        .iter()
+        .filter(|(_, pod)| pod.ready)
+        .map(|(uid, pod)| PodRecord {
+            uid: uid.to_string(),
+            netns: pod.netns_path.clone(),
+            cookie: pod.cookie,
+        })
+        .collect();
+    agent.disk.save_pods(&records).context("the list of enrolled pods is not kept")
+}
+
+/// Takes up the pods of the agent's last life. Those whose namespace is gone or another one are let go.
+///
+/// # Errors
+/// When the kernel does not say which pods it captures.
+pub(super) fn restore(agent: &Arc<Agent>) -> anyhow::Result<()> {
+    let records = match agent.disk.load_pods() {
+        Ok(records) => records,
+        Err(error) => {
+            tracing::error!(%error, "pods of the last life are not known; enrol them again");
+            Vec::new()
+        }
+    };
+    for record in &records {
+        let netns = netns::open(&record.netns)
+            .and_then(|netns| Ok((redirect_bpf::netns_cookie_of(netns.as_fd())?, netns)));
+        match netns {
+            Ok((cookie, netns)) if cookie == record.cookie => {
+                insert(agent, &record.uid, record, netns, Listeners::new(), true);
+            }
+            Ok(_) => {
+                tracing::warn!(uid = record.uid, netns = %record.netns.display(), "another namespace now; let go");
+            }
+            Err(error) => tracing::warn!(uid = record.uid, %error, "let go"),
+        }
+    }
+    let known: Vec<u64> = agent.state.lock().pods.values().map(|pod| pod.cookie).collect();
+    let mut redirect = agent.redirect.lock();
+    for pod in redirect.pods().context("cannot read the captured pods")? {
+        if known.contains(&pod.netns_cookie) {
+            continue;
+        }
+        if records.iter().any(|r| r.cookie == pod.netns_cookie) {
+            redirect.unenrol(pod.netns_cookie)?;
+        } else {
+            // To let it go would send a pod past the mesh that may still be there.
+            tracing::warn!(
+                netns_cookie = pod.netns_cookie,
+                "the kernel captures a pod that this agent does not know; it stays captured until it is enrolled \
+                 again or the mesh is uninstalled"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Follows the workloads: settings that changed go to the kernel, pods that left the mesh are let go.
+pub(super) async fn follow(agent: Arc<Agent>) {
+    let mut changes = agent.changed.subscribe();
+    loop {
+        let synced = agent.controller.synced();
+        let pods: Vec<(Arc<str>, bool)> = {
+            let state = agent.state.lock();
+            let left = |uid: &str| match state.mesh.local(uid) {
+                Some(workload) => !workload.enrolled,
+                // Only a controller that has said everything can mean something by not mentioning a pod.
+                None => synced,
+            };
+            state
+                .pods
+                .iter()
+                .filter(|(_, pod)| pod.ready)
+                .map(|(uid, _)| (Arc::clone(uid), left(uid)))
+                .collect()
+        };
+        for (uid, left) in pods {
+            let done = if left {
+                tracing::info!(%uid, "the pod left the mesh");
+                unenrol(&agent, &uid).await.map(drop)
+            } else {
+                capture(&agent, &uid)
+            };
+            if let Err(error) = done {
+                tracing::error!(%uid, error = format!("{error:#}"), "the kernel is not up to date with the pod");
+            }
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_without_mtls_are_reached_past_the_mesh() {
+        let mut workload = Workload {
+            mtls_ports: vec![(9090, MtlsMode::Disabled), (80, MtlsMode::Permissive)],
+            fail_closed: true,
+            ..Workload::default()
+        };
+        workload.exclusions.inbound_ports = vec![22];
+        let settings = settings_of(&workload);
+        assert_eq!(settings.exclusions.inbound_ports, [22, 9090]);
+        assert!(settings.capture_inbound && settings.capture_outbound && settings.fail_closed);
+
+        workload.mtls = MtlsMode::Disabled;
+        assert!(settings_of(&workload).capture_inbound, "port 80 still wants the mesh");
+        workload.mtls_ports.pop();
+        assert!(!settings_of(&workload).capture_inbound);
+    }
+}

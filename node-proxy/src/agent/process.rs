@@ -1,0 +1,225 @@
+//! Starting, finding and ending the processes below the agent.
+//!
+//! A process is reached through a listening unix socket in the run directory. The agent binds it and the process gets it
+//! as its standard input; the agent keeps no copy. So a socket file that answers means a process that lives, whoever
+//! started it, and adopting one is the same code as starting one: connect and say hello.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::Signal;
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+
+use crate::config::ProcessSettings;
+
+/// A process that lived this long did not crash on start: the next one is started at once.
+const HEALTHY_LIFE: Duration = Duration::from_secs(1);
+/// How long a process may take to end after it was asked to.
+const END_SECONDS: i64 = 5;
+
+/// Which process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Worker,
+    Keyd,
+}
+
+impl Role {
+    /// Subcommand and name in messages.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Worker => "worker",
+            Self::Keyd => "keyd",
+        }
+    }
+
+    /// The process's socket.
+    pub(super) fn socket(self, run_dir: &Path) -> PathBuf {
+        run_dir.join(match self {
+            Self::Worker => "worker-0.sock",
+            Self::Keyd => "keyd.sock",
+        })
+    }
+}
+
+/// How processes are started.
+#[derive(Debug, Clone)]
+pub(super) struct Launcher {
+    pub(super) run_dir: PathBuf,
+    pub(super) settings: ProcessSettings,
+    /// Form and level of the log.
+    pub(super) log_arguments: Vec<String>,
+}
+
+/// Connects to the process behind `path`; `None` when none lives.
+///
+/// # Errors
+/// When the socket is there and cannot be used.
+pub(super) async fn find(path: &Path) -> io::Result<Option<UnixStream>> {
+    match UnixStream::connect(path).await {
+        Ok(stream) => Ok(Some(stream)),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => Ok(None),
+        Err(e) => Err(io::Error::new(e.kind(), format!("cannot connect to {}: {e}", path.display()))),
+    }
+}
+
+impl Launcher {
+    /// Starts a process.
+    ///
+    /// # Errors
+    /// When its socket cannot be made or the program not be run.
+    pub(super) fn start(&self, role: Role) -> io::Result<Child> {
+        let path = role.socket(&self.run_dir);
+        let about = |e: io::Error| io::Error::new(e.kind(), format!("cannot make {}: {e}", path.display()));
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(about(e)),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path).map_err(about)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(about)?;
+        let uid = match role {
+            Role::Worker => self.settings.worker_uid,
+            Role::Keyd => self.settings.keyd_uid,
+        };
+        // The program that runs now, whatever has been put in its place since.
+        Command::new("/proc/self/exe")
+            .arg0("sockmesh-node")
+            .arg(role.name())
+            .args(&self.log_arguments)
+            .args(["--uid", &uid.to_string()])
+            .args(["--files", &self.settings.worker_files.to_string()])
+            .args(["--seccomp", self.settings.seccomp.name()])
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .kill_on_drop(false)
+            .spawn()
+            .map_err(|e| io::Error::new(e.kind(), format!("cannot start a {}: {e}", role.name())))
+    }
+}
+
+/// Says how a process ended, for a log line.
+pub(super) fn describe_end(status: ExitStatus) -> String {
+    match status.signal() {
+        Some(number) if number == Signal::SYS.as_raw() => {
+            "killed for a system call that its filter does not list (SIGSYS); \
+            the kernel's log names it in a line with type=1326"
+                .to_owned()
+        }
+        Some(number) => match Signal::from_named_raw(number) {
+            Some(signal) => format!("killed by {signal:?}"),
+            None => format!("killed by signal {number}"),
+        },
+        None => format!("ended by itself with {status}"),
+    }
+}
+
+/// Waits for a child whose connection is gone, and makes sure that it ends.
+pub(super) async fn reap(child: &mut Child) -> io::Result<ExitStatus> {
+    if let Ok(status) =
+        tokio::time::timeout(Duration::from_secs(END_SECONDS.unsigned_abs()), child.wait()).await
+    {
+        return status;
+    }
+    child.start_kill()?;
+    child.wait().await
+}
+
+/// Ends a process that need not be a child: asks, waits, and then insists. No such process is no error.
+///
+/// # Errors
+/// When the process cannot be signalled.
+pub(super) async fn end(pid: u32) -> io::Result<()> {
+    let Ok(number) = i32::try_from(pid) else { return Ok(()) };
+    let Some(raw) = rustix::process::Pid::from_raw(number) else { return Ok(()) };
+    // The descriptor names this very process even if its number is used again.
+    let descriptor = match rustix::process::pidfd_open(raw, rustix::process::PidfdFlags::empty()) {
+        Ok(descriptor) => Arc::new(descriptor),
+        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        Err(e) => return Err(e.into()),
+    };
+    for signal in [Signal::TERM, Signal::KILL] {
+        match rustix::process::pidfd_send_signal(&descriptor, signal) {
+            Err(rustix::io::Errno::SRCH) => return Ok(()),
+            other => other?,
+        }
+        let waiting = Arc::clone(&descriptor);
+        let ended = tokio::task::spawn_blocking(move || {
+            let timeout = Timespec { tv_sec: END_SECONDS, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&waiting, PollFlags::IN)], Some(&timeout))
+        })
+        .await
+        .map_err(io::Error::other)??;
+        if ended > 0 {
+            return Ok(());
+        }
+    }
+    Err(io::Error::other(format!("process {pid} does not end, not even by SIGKILL")))
+}
+
+/// Pauses between starts of a process that keeps dying.
+#[derive(Debug)]
+pub(super) struct Restarts {
+    shortest: Duration,
+    longest: Duration,
+    failures: u32,
+    started: Instant,
+}
+
+impl Restarts {
+    pub(super) fn new(settings: &ProcessSettings) -> Self {
+        Self {
+            shortest: settings.respawn_min,
+            longest: settings.respawn_max,
+            failures: 0,
+            started: Instant::now(),
+        }
+    }
+
+    /// A process starts now.
+    pub(super) fn started(&mut self) {
+        self.started = Instant::now();
+    }
+
+    /// It is gone: how long to wait before the next one. The first is started at once.
+    pub(super) fn pause(&mut self) -> Duration {
+        self.pause_after(self.started.elapsed())
+    }
+
+    fn pause_after(&mut self, life: Duration) -> Duration {
+        if life >= HEALTHY_LIFE {
+            self.failures = 0;
+            return Duration::ZERO;
+        }
+        self.failures += 1;
+        match self.failures {
+            1 => Duration::ZERO,
+            n => self.shortest.saturating_mul(1 << (n - 2).min(16)).min(self.longest),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_restart_is_at_once_and_a_crash_loop_slows_down() {
+        let settings = ProcessSettings::default();
+        let mut restarts = Restarts::new(&settings);
+        let short = Duration::from_millis(5);
+        let pauses: Vec<u128> = (0..10).map(|_| restarts.pause_after(short).as_millis()).collect();
+        assert_eq!(pauses, [0, 50, 100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+        assert_eq!(restarts.pause_after(HEALTHY_LIFE), Duration::ZERO, "it worked in between");
+        assert_eq!(restarts.pause_after(short), Duration::ZERO);
+        assert_eq!(restarts.pause_after(short), settings.respawn_min);
+    }
+}

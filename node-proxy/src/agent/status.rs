@@ -1,0 +1,176 @@
+//! How the node is doing: one document for `sockmesh-node status`, readiness and the curious.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::Agent;
+
+/// The node's state.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StatusDocument {
+    /// Name of the node.
+    pub node: String,
+    /// Version of the agent.
+    pub version: String,
+    /// Process id of the agent.
+    pub agent_pid: u32,
+    /// Process id of the worker; absent while there is none.
+    pub worker_pid: Option<u32>,
+    /// Process id of keyd; absent while there is none.
+    pub keyd_pid: Option<u32>,
+    /// Times that a worker was started again.
+    pub worker_restarts: u64,
+    /// Times that keyd was started again.
+    pub keyd_restarts: u64,
+    /// How the redirection was found at the start.
+    pub redirection: String,
+    /// State of the stream to the controller.
+    pub controller: String,
+    /// The controller is connected.
+    pub controller_connected: bool,
+    /// When the last update of the controller was applied, seconds since the epoch; 0 for never.
+    pub last_update_unix: i64,
+    /// Resources known, by type URL.
+    pub resources: Vec<(String, usize)>,
+    /// Enrolled pods.
+    pub pods: Vec<PodStatus>,
+    /// Counters of the redirection.
+    pub redirect: Vec<(String, u64)>,
+    /// What keeps the node from being ready; empty when it is.
+    pub not_ready: Vec<String>,
+}
+
+/// One enrolled pod.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PodStatus {
+    /// `metadata.uid`.
+    pub uid: String,
+    /// `namespace/name`, empty when the controller no longer knows it.
+    pub name: String,
+    /// Path of its network namespace.
+    pub netns: String,
+    /// Cookie of that namespace.
+    pub netns_cookie: u64,
+    /// Its SPIFFE ID, empty when not known.
+    pub identity: String,
+    /// The kernel captures its connections.
+    pub captured: bool,
+    /// Without a listener it is refused, not let past the mesh.
+    pub fail_closed: bool,
+    /// End of its certificate, seconds since the epoch; absent while there is none.
+    pub certificate_not_after_unix: Option<i64>,
+    /// Why there is no certificate, or no newer one.
+    pub certificate_error: Option<String>,
+}
+
+pub(super) fn collect(agent: &Agent) -> StatusDocument {
+    use std::sync::atomic::Ordering::Relaxed;
+    let keyd = agent.keyd.borrow().clone();
+    let controller = agent.controller.status();
+    let redirect = match agent.redirect.lock().counters() {
+        Ok(counters) => counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        Err(error) => {
+            tracing::warn!(%error, "the redirection's counters cannot be read");
+            Vec::new()
+        }
+    };
+    let state = agent.state.lock();
+    let trust_domain = state.mesh.trust().map(|t| t.trust_domain.clone());
+    let pods: Vec<PodStatus> = state
+        .pods
+        .iter()
+        .map(|(uid, pod)| {
+            let workload = state.mesh.local(uid);
+            let identity = workload.zip(trust_domain.as_ref()).and_then(|(w, t)| w.identity(t).ok());
+            PodStatus {
+                uid: uid.to_string(),
+                name: workload.map(|w| format!("{}/{}", w.namespace, w.name)).unwrap_or_default(),
+                netns: pod.netns_path.display().to_string(),
+                netns_cookie: pod.cookie,
+                identity: identity.map(|i| i.to_string()).unwrap_or_default(),
+                captured: pod.captured(),
+                fail_closed: pod.applied.as_ref().is_none_or(|s| s.fail_closed),
+                certificate_not_after_unix: pod.certificate.as_ref().map(|c| c.record.not_after),
+                certificate_error: pod.certificate_error.clone(),
+            }
+        })
+        .collect();
+    let mut not_ready = Vec::new();
+    if state.worker.is_none() {
+        not_ready.push("no worker".to_owned());
+    }
+    if keyd.is_none() {
+        not_ready.push("no keyd".to_owned());
+    }
+    if state.mesh.trust().is_none() {
+        not_ready.push(format!("no configuration: {}", controller.describe()));
+    }
+    for pod in &pods {
+        if !pod.captured {
+            not_ready.push(format!("pod {} is not captured", pod.uid));
+        }
+        if pod.certificate_not_after_unix.is_none_or(|end| end <= super::certificates::now()) {
+            let why = pod.certificate_error.as_deref().unwrap_or("no answer yet");
+            not_ready.push(format!("pod {} has no certificate: {why}", pod.uid));
+        }
+    }
+    StatusDocument {
+        node: agent.config.node.name.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        agent_pid: std::process::id(),
+        worker_pid: state.worker.as_ref().map(|w| w.pid()),
+        keyd_pid: keyd.map(|k| k.pid()),
+        worker_restarts: agent.counters.worker_restarts.load(Relaxed),
+        keyd_restarts: agent.counters.keyd_restarts.load(Relaxed),
+        redirection: format!("{:?}", agent.opened),
+        controller: controller.describe(),
+        controller_connected: controller.connected,
+        last_update_unix: controller.last_update,
+        resources: state.mesh.counts().into_iter().map(|(t, n)| (t.to_owned(), n)).collect(),
+        pods,
+        redirect,
+        not_ready,
+    }
+}
+
+impl fmt::Display for StatusDocument {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pid = |pid: Option<u32>| pid.map_or_else(|| "none".to_owned(), |pid| pid.to_string());
+        let ready = if self.not_ready.is_empty() {
+            "ready".to_owned()
+        } else {
+            format!("NOT READY: {}", self.not_ready.join("; "))
+        };
+        writeln!(f, "node {} (version {}): {ready}", self.node, self.version)?;
+        writeln!(
+            f,
+            "  agent {}, worker {} ({} restarts), keyd {} ({} restarts)",
+            self.agent_pid,
+            pid(self.worker_pid),
+            self.worker_restarts,
+            pid(self.keyd_pid),
+            self.keyd_restarts
+        )?;
+        writeln!(f, "  redirection {}; {}", self.redirection, self.controller)?;
+        for (type_url, count) in &self.resources {
+            writeln!(f, "  {count} {}", type_url.rsplit('.').next().unwrap_or(type_url))?;
+        }
+        for pod in &self.pods {
+            let capture = if pod.captured { "captured" } else { "NOT CAPTURED" };
+            let closed = if pod.fail_closed { "fail-closed" } else { "fail-open" };
+            writeln!(
+                f,
+                "  pod {} {} {capture}, {closed}, {}, {}",
+                pod.uid, pod.name, pod.identity, pod.netns
+            )?;
+            if let Some(error) = &pod.certificate_error {
+                writeln!(f, "      certificate: {error}")?;
+            }
+        }
+        for (name, value) in self.redirect.iter().filter(|(_, value)| *value > 0) {
+            writeln!(f, "  redirect {name} {value}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,127 @@
+//! Removes every trace of the mesh from a node: processes, pins, sockets, state.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::net::UnixStream;
+
+use super::process::{self, Role};
+use super::requests::{Reply, Request, ask};
+use crate::config::NodeConfig;
+use crate::ipc::proto::{
+    FromKeyd, Hello, KeydHello, ToAgent, ToKeyd, ToWorker, to_agent, to_keyd, to_worker,
+};
+use crate::ipc::stream::split;
+
+/// How long an agent may take to end everything below it and itself.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// A process that lives answers a hello at once.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Ends agent, worker and keyd, with or without an agent. Capture stays: fail-closed pods are refused.
+///
+/// # Errors
+/// When a process does not end.
+pub(super) async fn stop(run_dir: &Path) -> anyhow::Result<()> {
+    match ask(run_dir, &Request::Stop).await {
+        Ok(None) => {}
+        Ok(Some(Reply::Error { message })) => anyhow::bail!("the agent does not stop: {message}"),
+        Ok(Some(_)) => wait_for_agent(run_dir).await?,
+        Err(error) => return Err(error),
+    }
+    // Left over from an agent that is gone, or one that could not reach them.
+    for role in [Role::Worker, Role::Keyd] {
+        let path = role.socket(run_dir);
+        if let Some(stream) = process::find(&path).await? {
+            let pid =
+                tokio::time::timeout(HELLO_TIMEOUT, pid_of(role, stream)).await.with_context(|| {
+                    format!("the {} behind {} does not answer", role.name(), path.display())
+                })??;
+            process::end(pid).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The agent's lock is free when the agent is gone.
+async fn wait_for_agent(run_dir: &Path) -> anyhow::Result<()> {
+    let deadline = tokio::time::Instant::now() + STOP_TIMEOUT;
+    loop {
+        match super::lock(run_dir) {
+            Ok(_) => return Ok(()),
+            Err(_) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(20)).await
+            }
+            Err(error) => return Err(error.context("the agent does not end")),
+        }
+    }
+}
+
+async fn pid_of(role: Role, stream: UnixStream) -> anyhow::Result<u32> {
+    let (mut reader, mut writer) = split(stream);
+    match role {
+        Role::Worker => {
+            let hello = Hello { settings_json: b"{}".to_vec(), ..Hello::default() };
+            let message = ToWorker { message: Some(to_worker::Message::Hello(hello)) };
+            writer.send_frame(&message, &[]).await?;
+            match reader.recv_frame::<ToAgent>().await?.and_then(|(message, _)| message.message) {
+                Some(to_agent::Message::Hello(ack)) => Ok(ack.pid),
+                _ => anyhow::bail!("the worker does not say its pid"),
+            }
+        }
+        Role::Keyd => {
+            let message = ToKeyd { id: 0, message: Some(to_keyd::Message::Hello(KeydHello {})) };
+            writer.send_frame(&message, &[]).await?;
+            let (answer, _) = reader.recv_frame::<FromKeyd>().await?.context("keyd does not say its pid")?;
+            Ok(answer.pid)
+        }
+    }
+}
+
+/// Removes a file or a whole directory; nothing there is no error.
+fn remove(path: &Path) -> anyhow::Result<()> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(e) => Err(e),
+    };
+    match removed {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Stops everything and removes pins, sockets and state. Nothing there is no error, so it can be run again.
+///
+/// # Errors
+/// What could not be removed; the rest is.
+pub async fn uninstall(config: &NodeConfig) -> anyhow::Result<()> {
+    let run_dir = &config.node.run_dir;
+    let mut failures = Vec::new();
+    let mut note = |result: anyhow::Result<()>| {
+        if let Err(error) = result {
+            failures.push(format!("{error:#}"));
+        }
+    };
+    note(if run_dir.exists() { stop(run_dir).await } else { Ok(()) });
+    // Pins go although a process may linger: plain networking comes back.
+    note(redirect_bpf::uninstall(&config.node.bpffs, &config.node.name).map_err(anyhow::Error::from));
+    for name in ["agent.sock", "agent.lock", "worker-0.sock", "keyd.sock"] {
+        note(remove(&run_dir.join(name)));
+    }
+    // Only if nothing of somebody else is in there.
+    match fs::remove_dir(run_dir) {
+        Err(e) if !matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
+            note(Err(e).with_context(|| format!("cannot remove {}", run_dir.display())));
+        }
+        _ => {}
+    }
+    note(remove(&config.node.state_dir));
+    anyhow::ensure!(failures.is_empty(), "not everything could be removed:\n  {}", failures.join("\n  "));
+    Ok(())
+}

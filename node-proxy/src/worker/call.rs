@@ -1,0 +1,501 @@
+//! One request that a pod of this node makes: endpoint, connection, retries, signals.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mesh_api::model::AppProtocol;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::balance::Health;
+use super::dial::{self, Way};
+use super::http::{
+    Call, Exchange, H1Upstream, HeaderEdits, LocalReply, Outcome, Replay, RequestInfo, UpstreamFailure,
+    Verdict,
+};
+use super::io::Stream;
+use super::mesh::store::Snapshot;
+use super::outbound::{Chosen, Outbound, Target, log_failed_dial};
+use super::pods::{Life, drained};
+use super::pool::{H2Checkout, H2Slot, H2State, Key, multiplex};
+use super::reason::{Reason, Reasons};
+use super::report::{LoggedHead, RequestReport};
+use super::resilience::pod::Held;
+use super::resilience::retry::{Cause, Happened, Step};
+use super::resilience::{Attempts, RetryBudget};
+use super::telemetry::{Pair, Reporter, Security};
+use super::thread::Thread;
+
+/// Fields that only the mesh may set: stripped from what an application sends (the first hop), so that no later hop can
+/// take them for the mesh's word.
+const IDENTITY_HEADERS: &[&str] = &["x-forwarded-client-cert", super::reason::HEADER];
+
+/// A connection that was made before it was known to be for requests.
+pub struct First {
+    /// The endpoint.
+    pub chosen: Chosen,
+    /// The connection.
+    pub upstream: H1Upstream<Stream>,
+    /// When it was made.
+    pub born: Instant,
+}
+
+/// The requests of one connection of a pod.
+pub struct OutboundExchange {
+    ctx: Rc<Outbound>,
+    first: RefCell<Option<First>>,
+    life: watch::Receiver<Life>,
+    budget: RefCell<Option<(Arc<str>, Arc<RetryBudget>)>>,
+    edits: Rc<HeaderEdits>,
+}
+
+impl OutboundExchange {
+    /// For a connection; `first` is used for its first request.
+    pub fn new(ctx: Outbound, first: Option<First>) -> Self {
+        let life = ctx.pod.watch();
+        let edits = Rc::new(HeaderEdits { strip: IDENTITY_HEADERS, add: Vec::new() });
+        Self { ctx: Rc::new(ctx), first: RefCell::new(first), life, budget: RefCell::default(), edits }
+    }
+
+    fn mesh(&self) -> Result<Snapshot, LocalReply> {
+        self.ctx
+            .thread
+            .shared
+            .mesh
+            .state()
+            .map_err(|_| LocalReply::unavailable(Reason::Unsynced, "the node has no configuration yet"))
+    }
+
+    /// The retry budget of this pod's workload towards a service, looked up when the service changes.
+    fn retry_budget(&self, target: &Target) -> Arc<RetryBudget> {
+        let service = match target.service() {
+            Some((service, _)) => Arc::clone(&service.key),
+            None => Arc::from(self.ctx.asked.to_string()),
+        };
+        let mut cached = self.budget.borrow_mut();
+        match &*cached {
+            Some((key, budget)) if *key == service => Arc::clone(budget),
+            _ => {
+                let source = &self.ctx.source.workload;
+                let source = Arc::from(format!("{}/{}", source.namespace, source.workload_name));
+                let budget = self.ctx.thread.shared.retry_budgets.get(&source, &service);
+                *cached = Some((service, Arc::clone(&budget)));
+                budget
+            }
+        }
+    }
+}
+
+impl Exchange for OutboundExchange {
+    type Call = OutboundCall;
+
+    fn begin(&self, request: &RequestInfo<'_>) -> Result<OutboundCall, LocalReply> {
+        let ctx = Rc::clone(&self.ctx);
+        let shared = &ctx.thread.shared;
+        let mesh = self.mesh()?;
+        let target = Target::find(&mesh, ctx.asked);
+        let permit = ctx.pod.budget.request().map_err(|e| {
+            LocalReply::new(
+                429,
+                super::http::grpc_code::RESOURCE_EXHAUSTED,
+                Reason::OverBudget,
+                e.to_string(),
+            )
+        })?;
+        let started = Instant::now();
+        let limit = shared.settings.timeouts.request;
+        let attempts =
+            Attempts::begin(&shared.retry_policy, &self.retry_budget(&target), request.idempotent());
+        Ok(OutboundCall {
+            target,
+            started,
+            deadline: (!limit.is_zero()).then(|| started + limit),
+            attempts,
+            pause: None,
+            retrying: None,
+            first: self.first.borrow_mut().take(),
+            tried: Vec::new(),
+            current: None,
+            key: None,
+            slot: None,
+            born: Cell::new(started),
+            grpc: request.grpc,
+            log: shared.logged_head(request),
+            edits: Rc::clone(&self.edits),
+            reasons: Reasons::NONE,
+            finished: false,
+            ctx,
+            _permit: permit,
+        })
+    }
+
+    fn refused(&self, request: Option<&RequestInfo<'_>>, outcome: &Outcome) {
+        let Ok(mesh) = self.mesh() else { return };
+        let target = Target::find(&mesh, self.ctx.asked);
+        let thread = &self.ctx.thread;
+        let log = request.and_then(|r| thread.shared.logged_head(r));
+        let report = RequestReport {
+            pair: pair(Reporter::Source, &self.ctx, &target, None),
+            grpc: request.is_some_and(|r| r.grpc),
+            outcome,
+            duration: Duration::ZERO,
+            upstream: None,
+            attempts: 0,
+        };
+        report.send(thread, log.as_ref());
+    }
+
+    fn closing(&self) -> bool {
+        *self.life.borrow() != Life::Running
+    }
+
+    async fn closed(&self) {
+        drained(&mut self.life.clone()).await;
+    }
+}
+
+/// Who talks to whom, for the signals.
+pub fn pair<'a>(
+    reporter: Reporter,
+    ctx: &'a Outbound,
+    target: &'a Target,
+    chosen: Option<&'a Chosen>,
+) -> Pair<'a> {
+    Pair {
+        reporter,
+        source: Some(&ctx.source),
+        destination: match (chosen, target) {
+            (Some(chosen), _) => chosen.way.workload().map(|w| &**w),
+            (None, Target::Address(workload, _)) => workload.as_deref(),
+            (None, Target::Service(..)) => None,
+        },
+        service: target.service().map(|(service, _)| &**service),
+        security: match chosen {
+            Some(chosen) if chosen.way.is_authenticated() => Security::MutualTls,
+            Some(_) => Security::None,
+            None => Security::Unknown,
+        },
+    }
+}
+
+/// One request on its way out of a pod.
+pub struct OutboundCall {
+    ctx: Rc<Outbound>,
+    target: Target,
+    started: Instant,
+    deadline: Option<Instant>,
+    attempts: Attempts,
+    pause: Option<Duration>,
+    retrying: Option<Cause>,
+    first: Option<First>,
+    tried: Vec<SocketAddr>,
+    current: Option<Chosen>,
+    key: Option<Key>,
+    slot: Option<H2Slot>,
+    born: Cell<Instant>,
+    grpc: bool,
+    log: Option<LoggedHead>,
+    edits: Rc<HeaderEdits>,
+    reasons: Reasons,
+    finished: bool,
+    _permit: Held,
+}
+
+impl OutboundCall {
+    /// Waits the pause before a retry and chooses an endpoint.
+    async fn next_endpoint(&mut self) -> Result<Option<First>, UpstreamFailure> {
+        if let Some(pause) = self.pause.take().filter(|p| !p.is_zero()) {
+            tokio::time::sleep(pause).await;
+        }
+        if let Some(first) = self.first.take() {
+            self.key = Some(self.key_of(&first.chosen));
+            return Ok(Some(first));
+        }
+        let Some(chosen) = self.ctx.choose(&self.target, &self.tried) else {
+            let name =
+                self.target.service().map_or_else(|| self.ctx.asked.to_string(), |(s, _)| s.key.to_string());
+            let message = format!("no ready endpoint for {name}");
+            return Err(connect_failure(LocalReply::unavailable(Reason::NoHealthyUpstream, message)));
+        };
+        self.key = Some(self.key_of(&chosen));
+        let admitted = self.ctx.admit(&chosen);
+        self.current = Some(chosen);
+        match admitted {
+            Ok(()) => Ok(None),
+            Err(reason) => Err(connect_failure(LocalReply::new(
+                403,
+                super::http::grpc_code::PERMISSION_DENIED,
+                reason,
+                reason.text(),
+            ))),
+        }
+    }
+
+    fn key_of(&self, chosen: &Chosen) -> Key {
+        Key {
+            source: Arc::clone(&self.ctx.pod.uid),
+            destination: chosen.address,
+            workload: chosen.way.workload().map(|w| Arc::clone(&w.workload.uid)),
+            service: self.target.service().map(|(service, _)| Arc::clone(&service.key)),
+        }
+    }
+
+    async fn dial(&mut self, protocol: AppProtocol) -> Result<H1Upstream<Stream>, UpstreamFailure> {
+        let Some(chosen) = &mut self.current else {
+            return Err(UpstreamFailure::Protocol("no endpoint was chosen"));
+        };
+        let purpose = self.ctx.purpose(&self.target, chosen.address, protocol);
+        match dial::connect(&self.ctx.thread, &self.ctx.pod, &chosen.way, &purpose).await {
+            Ok(upstream) => {
+                if let Some(picked) = &mut chosen.picked {
+                    picked.connected();
+                }
+                self.born.set(Instant::now());
+                Ok(upstream)
+            }
+            Err(e) => {
+                log_failed_dial(&self.ctx, &e);
+                let reply = e.reply();
+                self.tried.push(chosen.address);
+                if let Some(picked) = chosen.picked.take() {
+                    picked.connect_failed();
+                }
+                Err(connect_failure(reply))
+            }
+        }
+    }
+
+    /// The account of a try that failed, and whether there is another.
+    fn failed(&mut self, happened: Happened<'_>, replay: Replay) -> Option<Reasons> {
+        if let Some(chosen) = &mut self.current
+            && !self.tried.contains(&chosen.address)
+        {
+            self.tried.push(chosen.address);
+        }
+        match self.attempts.next(happened, replay) {
+            Step::Retry { cause, after } => {
+                if let Some(before) = self.retrying.replace(cause) {
+                    self.ctx.thread.shared.metrics.retried(before, false);
+                }
+                self.pause = Some(after);
+                None
+            }
+            Step::Stop(reasons) => {
+                let metrics = &self.ctx.thread.shared.metrics;
+                if let Some(before) = self.retrying.take() {
+                    metrics.retried(before, false);
+                }
+                if reasons.has(Reason::RetryBudget) {
+                    metrics.retry_budget_exhausted.inc();
+                }
+                if reasons.has(Reason::RetryLimit) {
+                    metrics.retry_limit_reached.inc();
+                }
+                Some(reasons)
+            }
+        }
+    }
+}
+
+fn connect_failure(reply: LocalReply) -> UpstreamFailure {
+    UpstreamFailure::Connect(reply)
+}
+
+impl Call for OutboundCall {
+    type Stream = Stream;
+
+    fn edits(&self) -> &HeaderEdits {
+        &self.edits
+    }
+
+    async fn h1(&mut self) -> Result<H1Upstream<Stream>, UpstreamFailure> {
+        if let Some(First { chosen, upstream, born }) = self.next_endpoint().await? {
+            self.current = Some(chosen);
+            self.born.set(born);
+            return Ok(upstream);
+        }
+        let metrics = &self.ctx.thread.shared.metrics;
+        if let Some((upstream, born)) = self.key.as_ref().and_then(|key| self.ctx.thread.pools.take_h1(key)) {
+            metrics.pool_hits.inc();
+            self.born.set(born);
+            if let Some(picked) = self.current.as_mut().and_then(|c| c.picked.as_mut()) {
+                picked.connected();
+            }
+            return Ok(upstream);
+        }
+        metrics.pool_misses.inc();
+        self.dial(AppProtocol::Http1).await
+    }
+
+    fn release(&mut self, mut upstream: H1Upstream<Stream>) {
+        if let Some(key) = self.key.take() {
+            upstream.reused = true;
+            self.ctx.thread.pools.put_h1(key, upstream, self.born.get());
+        }
+    }
+
+    async fn h2(&mut self) -> Result<::h2::client::SendRequest<Bytes>, UpstreamFailure> {
+        let first = match self.next_endpoint().await? {
+            Some(First { chosen, upstream, .. }) => {
+                self.current = Some(chosen);
+                Some(upstream)
+            }
+            None => None,
+        };
+        let Some(key) = self.key.clone() else {
+            return Err(UpstreamFailure::Protocol("no endpoint was chosen"));
+        };
+        let thread = Rc::clone(&self.ctx.thread);
+        // Whatever becomes of a dial, those who wait for it must hear of it.
+        let mut dialing = None;
+        let upstream = if let Some(upstream) = first {
+            upstream
+        } else {
+            loop {
+                match thread.pools.take_h2(&key) {
+                    H2Checkout::Ready(send, slot) => {
+                        self.slot = Some(slot);
+                        if let Some(picked) = self.current.as_mut().and_then(|c| c.picked.as_mut()) {
+                            picked.connected();
+                        }
+                        return Ok(send);
+                    }
+                    H2Checkout::Wait(dialed) => dialed.notified().await,
+                    H2Checkout::Dial => break,
+                }
+            }
+            dialing = Some(DialGuard { thread: &thread, key: &key, made: None });
+            self.dial(AppProtocol::Http2).await?
+        };
+        let made = multiplex(upstream, &thread.shared.limits).await.map_err(|e| {
+            let message = format!("HTTP/2 with {} failed: {e}", key.destination);
+            connect_failure(LocalReply::unavailable(Reason::UpstreamConnectFailure, message))
+        })?;
+        let send = made.0.clone();
+        self.slot = Some(H2Slot::take(&made.1));
+        match dialing {
+            Some(mut guard) => guard.made = Some(made),
+            None => thread.pools.h2_dialed(&key, Some(made)),
+        }
+        Ok(send)
+    }
+
+    fn may_retry(&self) -> bool {
+        self.attempts.policy().attempts > 0
+    }
+
+    fn per_try_timeout(&self) -> Option<Duration> {
+        self.attempts.policy().per_try_timeout
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    fn on_failure(&mut self, failure: UpstreamFailure, replay: Replay) -> Verdict {
+        // A kept connection that was closed while it idled says nothing about its endpoint.
+        let stale = matches!(failure, UpstreamFailure::Reset { reused: true, .. });
+        if !stale && let Some(picked) = self.current.as_mut().and_then(|c| c.picked.as_mut()) {
+            picked.answered(Health::Failing { retry_after: None });
+        }
+        let Some(stop) = self.failed(Happened::Failure(&failure), replay) else { return Verdict::Retry };
+        let mut reply = match failure {
+            UpstreamFailure::Connect(reply) => reply,
+            UpstreamFailure::Refused => {
+                LocalReply::unavailable(Reason::UpstreamReset, "the upstream refused the stream")
+            }
+            UpstreamFailure::Reset { .. } => LocalReply::unavailable(
+                Reason::UpstreamTermination,
+                "the upstream closed the connection before it answered",
+            ),
+            UpstreamFailure::PerTryTimeout => LocalReply::timeout(
+                Reason::UpstreamTimeout,
+                "the upstream did not answer within the time of one try",
+            ),
+            UpstreamFailure::Protocol(what) => LocalReply::new(
+                502,
+                super::http::grpc_code::INTERNAL,
+                Reason::UpstreamProtocolError,
+                format!("the upstream's answer is not valid: {what}"),
+            ),
+        };
+        for reason in stop.iter() {
+            reply.reasons.add(reason);
+        }
+        self.reasons = reply.reasons;
+        Verdict::Reply(reply)
+    }
+
+    fn on_response(&mut self, status: u16, grpc_status: Option<u8>, replay: Replay) -> Verdict {
+        if let Some(picked) = self.current.as_mut().and_then(|c| c.picked.as_mut()) {
+            picked.answered(Health::of(status, grpc_status, None));
+        }
+        if !self.attempts.policy().statuses.contains(&status) {
+            if let Some(cause) = self.retrying.take() {
+                self.ctx.thread.shared.metrics.retried(cause, true);
+            }
+            return Verdict::Forward;
+        }
+        match self.failed(Happened::Status(status), replay) {
+            None => Verdict::Retry,
+            Some(stop) => {
+                self.reasons = stop;
+                Verdict::Forward
+            }
+        }
+    }
+
+    fn finish(mut self, outcome: &Outcome) {
+        self.finished = true;
+        self.report(outcome);
+    }
+}
+
+impl OutboundCall {
+    fn report(&mut self, outcome: &Outcome) {
+        let mut outcome = *outcome;
+        for reason in self.reasons.iter() {
+            outcome.reasons.add(reason);
+        }
+        let mut report = RequestReport {
+            pair: pair(Reporter::Source, &self.ctx, &self.target, self.current.as_ref()),
+            grpc: self.grpc,
+            outcome: &outcome,
+            duration: self.started.elapsed(),
+            upstream: self.current.as_ref().map(|c| c.address),
+            attempts: self.attempts.made(),
+        };
+        report.send(&self.ctx.thread, self.log.as_ref());
+        // On the same node there is no second proxy to report for the destination.
+        if let Some(Chosen { way: Way::SameNode(..), .. }) = &self.current {
+            report.pair.reporter = Reporter::Destination;
+            report.send(&self.ctx.thread, None);
+        }
+    }
+}
+
+impl Drop for OutboundCall {
+    fn drop(&mut self) {
+        if !self.finished {
+            let outcome = Outcome { reasons: Reason::DownstreamTermination.into(), ..Outcome::default() };
+            self.report(&outcome);
+        }
+    }
+}
+
+/// Tells those who wait for a dial how it went, also when the one who dialled was cancelled.
+struct DialGuard<'a> {
+    thread: &'a Rc<Thread>,
+    key: &'a Key,
+    made: Option<(::h2::client::SendRequest<Bytes>, Rc<H2State>)>,
+}
+
+impl Drop for DialGuard<'_> {
+    fn drop(&mut self) {
+        self.thread.pools.h2_dialed(self.key, self.made.take());
+    }
+}

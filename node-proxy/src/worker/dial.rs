@@ -1,0 +1,269 @@
+//! Making a connection to an endpoint: which way leads there, and the steps of each way.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use mesh_api::model::{AppProtocol, MtlsMode, TUNNEL_PORT, TunnelProtocol};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsStream;
+
+use super::http::{H1Upstream, LocalReply};
+use super::io::Stream;
+use super::mesh::WorkloadEntry;
+use super::pods::LocalPod;
+use super::reason::Reason;
+use super::shared::Shared;
+use super::sockets::set_stream_options;
+use super::telemetry::Side;
+use super::thread::Thread;
+use super::tunnel::HBONE_ALPN;
+use super::tunnel::hbone::client::{self as hbone_client, HboneError};
+use super::tunnel::hbone::{ConnectRequest, HboneStream};
+use super::tunnel::header::{ALPN, TunnelHeader};
+use crate::config::SameNodeMtls;
+use crate::tls::Refusal;
+
+/// The way to an endpoint.
+#[derive(Clone)]
+pub enum Way {
+    /// The pod is on this node: straight to its application, both identities proven by the kernel.
+    SameNode(Arc<LocalPod>, Arc<WorkloadEntry>),
+    /// The mesh's own tunnel.
+    Native(Arc<WorkloadEntry>),
+    /// HBONE.
+    Hbone(Arc<WorkloadEntry>),
+    /// No tunnel: the endpoint is not in the mesh, or the port is left alone.
+    Plain(Option<Arc<WorkloadEntry>>),
+}
+
+impl Way {
+    /// Chooses the way from `source` to `destination`, a port of `workload` where that is known.
+    pub fn choose(
+        shared: &Shared,
+        source: &WorkloadEntry,
+        destination: SocketAddr,
+        workload: Option<Arc<WorkloadEntry>>,
+    ) -> Self {
+        let Some(workload) = workload else { return Self::Plain(None) };
+        let port = destination.port();
+        let pod = &workload.workload;
+        let left_alone = pod.mtls_mode(port) == MtlsMode::Disabled
+            || pod.exclusions.inbound_ports.contains(&port)
+            || pod
+                .exclusions
+                .inbound_cidrs
+                .iter()
+                .any(|cidr| source.workload.addresses.iter().any(|ip| cidr.contains(ip)));
+        if !pod.enrolled || pod.host_network || left_alone {
+            return Self::Plain(Some(workload));
+        }
+        if shared.settings.same_node_mtls == SameNodeMtls::Auto
+            && let Some(local) = shared.pods.load().get(&pod.uid)
+        {
+            return Self::SameNode(Arc::clone(local), workload);
+        }
+        match pod.tunnel {
+            TunnelProtocol::Native => Self::Native(workload),
+            TunnelProtocol::Hbone => Self::Hbone(workload),
+            TunnelProtocol::None => Self::Plain(Some(workload)),
+        }
+    }
+
+    /// The destination workload, where it is one.
+    pub fn workload(&self) -> Option<&Arc<WorkloadEntry>> {
+        match self {
+            Self::SameNode(_, w) | Self::Native(w) | Self::Hbone(w) => Some(w),
+            Self::Plain(w) => w.as_ref(),
+        }
+    }
+
+    /// Whether both ends are authenticated.
+    pub fn is_authenticated(&self) -> bool {
+        !matches!(self, Self::Plain(_))
+    }
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// TCP gave this.
+    #[error("connecting to {0}: {1}")]
+    Connect(SocketAddr, io::Error),
+    /// TCP gave nothing in time.
+    #[error("connecting to {0}: no answer within {1:?}")]
+    ConnectTimeout(SocketAddr, std::time::Duration),
+    /// No socket to connect with.
+    #[error("no socket for a connection to {0}: {1}")]
+    Socket(SocketAddr, io::Error),
+    /// The pod that the connection is for has no certificate yet or any more.
+    #[error("no certificate for pod {0}: {1}")]
+    NoCertificate(Arc<str>, Refusal),
+    /// The peer's certificate or the handshake was refused, by either side.
+    #[error("mutual TLS with {0} failed: {1}")]
+    Tls(SocketAddr, Refusal),
+    /// The handshake took too long.
+    #[error("mutual TLS with {0}: no end within {1:?}")]
+    TlsTimeout(SocketAddr, std::time::Duration),
+    /// The far end of the tunnel refused the connection.
+    #[error("the node of {0} refused the tunnel: {1}")]
+    Tunnel(SocketAddr, HboneError),
+    /// The tunnel target would be the tunnel itself.
+    #[error("{0} is the mesh's own port")]
+    OwnPort(SocketAddr),
+}
+
+impl DialError {
+    /// The flag that stands for it.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Connect(..) | Self::Socket(..) | Self::Tunnel(..) => Reason::UpstreamConnectFailure,
+            Self::ConnectTimeout(..) | Self::TlsTimeout(..) => Reason::UpstreamTimeout,
+            Self::NoCertificate(..) => Reason::NoCertificate,
+            Self::Tls(_, refusal) if refusal.is_identity() => Reason::IdentityMismatch,
+            Self::Tls(..) => Reason::TlsFailure,
+            Self::OwnPort(_) => Reason::NoRoute,
+        }
+    }
+
+    /// What an HTTP client is told.
+    pub fn reply(&self) -> LocalReply {
+        LocalReply::unavailable(self.reason(), self.to_string())
+    }
+}
+
+/// A socket of `pod`'s network namespace, connected to `destination`. `shown_as` is whom an application at the other end
+/// sees as its peer, where that is not the pod itself.
+pub async fn tcp(
+    shared: &Shared,
+    pod: &LocalPod,
+    destination: SocketAddr,
+    shown_as: Option<SocketAddr>,
+) -> Result<TcpStream, DialError> {
+    let limit = shared.settings.timeouts.connect;
+    let connect = async {
+        let socket = pod
+            .sockets
+            .take(destination.ip(), &shared.to_agent)
+            .await
+            .map_err(|e| DialError::Socket(destination, e))?;
+        if let Some(name) = shown_as {
+            shared.set_peer_name(&socket, name);
+        }
+        let stream = socket.connect(destination).await.map_err(|e| DialError::Connect(destination, e))?;
+        set_stream_options(&stream, &shared.settings.timeouts)
+            .map_err(|e| DialError::Connect(destination, e))?;
+        Ok(stream)
+    };
+    timeout(limit, connect).await.unwrap_or(Err(DialError::ConnectTimeout(destination, limit)))
+}
+
+/// A mutually authenticated connection from `pod` to the tunnel port of `workload`.
+async fn tls(
+    shared: &Shared,
+    pod: &LocalPod,
+    workload: &WorkloadEntry,
+    destination: SocketAddr,
+    alpn: &'static [u8],
+) -> Result<Box<TlsStream<TcpStream>>, DialError> {
+    if destination.port() == TUNNEL_PORT {
+        return Err(DialError::OwnPort(destination));
+    }
+    let connector = workload
+        .identity
+        .as_ref()
+        .ok_or(Refusal::NoTrust)
+        .and_then(|expected| shared.tls.connector(&pod.uid, expected, &[alpn]))
+        .map_err(|e| DialError::NoCertificate(Arc::clone(&pod.uid), e))?;
+    let tunnel = SocketAddr::new(destination.ip(), TUNNEL_PORT);
+    let stream = tcp(shared, pod, tunnel, None).await?;
+    let limit = shared.settings.timeouts.handshake;
+    let begun = std::time::Instant::now();
+    let result = match timeout(limit, connector.connect(stream)).await {
+        Err(_) => Err(DialError::TlsTimeout(tunnel, limit)),
+        Ok(Err(refusal)) => Err(DialError::Tls(tunnel, refusal)),
+        Ok(Ok(stream)) => Ok(Box::new(TlsStream::Client(stream))),
+    };
+    shared.metrics.handshake(Side::Client, begun.elapsed(), result.as_ref().err().map(DialError::reason));
+    result
+}
+
+/// What the far side is told of a connection.
+pub struct Purpose {
+    /// The application's own socket.
+    pub client: SocketAddr,
+    /// Address and port of the endpoint.
+    pub destination: SocketAddr,
+    /// What the bytes are.
+    pub protocol: AppProtocol,
+    /// `namespace/name` of the service that was asked for.
+    pub service: Option<Arc<str>>,
+}
+
+/// A connection to an endpoint, whose bytes are the application's. A native tunnel's header is put into
+/// [`H1Upstream::preface`], so that it leaves together with the first bytes.
+pub async fn connect(
+    thread: &Rc<Thread>,
+    source: &LocalPod,
+    way: &Way,
+    purpose: &Purpose,
+) -> Result<H1Upstream<Stream>, DialError> {
+    let shared = &thread.shared;
+    let destination = purpose.destination;
+    let mut preface = BytesMut::new();
+    let stream = match way {
+        Way::SameNode(pod, _) => {
+            if destination.port() == TUNNEL_PORT {
+                return Err(DialError::OwnPort(destination));
+            }
+            Stream::Plain(tcp(shared, pod, destination, Some(purpose.client)).await?)
+        }
+        Way::Plain(_) => Stream::Plain(tcp(shared, source, destination, None).await?),
+        Way::Native(workload) => {
+            let header = TunnelHeader {
+                source: purpose.client,
+                destination,
+                protocol: purpose.protocol,
+                service: purpose.service.as_deref().map(str::to_owned),
+            };
+            header.encode(&mut preface);
+            Stream::Tls(tls(shared, source, workload, destination, ALPN).await?)
+        }
+        Way::Hbone(workload) => Stream::Hbone(Box::new(hbone(thread, source, workload, purpose).await?)),
+    };
+    Ok(H1Upstream { stream, read_buf: BytesMut::new(), preface, reused: false })
+}
+
+/// A stream of the HBONE connection between two pods, which is made if there is none. A connection that takes no more
+/// streams is left behind once.
+async fn hbone(
+    thread: &Rc<Thread>,
+    source: &LocalPod,
+    workload: &WorkloadEntry,
+    purpose: &Purpose,
+) -> Result<HboneStream, DialError> {
+    let destination = purpose.destination;
+    let refused = |e| DialError::Tunnel(destination, e);
+    let request =
+        || ConnectRequest { forwarded_for: Some(purpose.client), ..ConnectRequest::to(destination) };
+    if let Some(connection) = thread.pools.take_hbone(&source.uid, &workload.workload.uid) {
+        match connection.open(request()).await {
+            Err(HboneError::Connection { refused: true, .. }) => {}
+            opened => return opened.map_err(refused),
+        }
+    }
+    let stream = tls(&thread.shared, source, workload, destination, HBONE_ALPN).await?;
+    let connection = hbone_client::connect(Stream::Tls(stream))
+        .await
+        .map_err(|error| refused(HboneError::Connection { refused: false, error }))?;
+    let connection = Rc::new(connection);
+    thread.pools.put_hbone(
+        Arc::clone(&source.uid),
+        Arc::clone(&workload.workload.uid),
+        Rc::clone(&connection),
+    );
+    connection.open(request()).await.map_err(refused)
+}

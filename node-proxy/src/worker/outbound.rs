@@ -1,0 +1,399 @@
+//! Connections that a pod of this node makes.
+//!
+//! accepted on the pod's outbound listener → what the application asked for → service, pod or neither → what it speaks →
+//! the protocol's own loop, which asks [`super::call`] for endpoints.
+
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+
+use bytes::BytesMut;
+use mesh_api::model::AppProtocol;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::call::{First, OutboundExchange};
+use super::dial::{self, DialError, Purpose, Way};
+use super::http::{H1Upstream, h1, h2};
+use super::io::{Prefixed, Stream, Transport};
+use super::mesh::service::ServiceState;
+use super::mesh::store::Snapshot;
+use super::mesh::{VipLookup, WorkloadEntry};
+use super::pods::{self, LocalPod};
+use super::policy::{self, Asker};
+use super::reason::Reason;
+use super::relay::{self, Relay};
+use super::sockets::{canonical, set_stream_options};
+use super::telemetry::Direction;
+use super::thread::Thread;
+use super::{balance, detect};
+use crate::config::DetectionSettings;
+
+/// What one connection of a pod is about; every request on it sees the same.
+pub struct Outbound {
+    /// The thread that serves it.
+    pub thread: Rc<Thread>,
+    /// The pod that made it.
+    pub pod: Arc<LocalPod>,
+    /// The same pod as the mesh knows it.
+    pub source: Arc<WorkloadEntry>,
+    /// The application's socket.
+    pub client: SocketAddr,
+    /// What the application asked for.
+    pub asked: SocketAddr,
+    /// What the bytes are, once that is known.
+    pub protocol: AppProtocol,
+}
+
+/// What the address that was asked for stands for, now.
+pub enum Target {
+    /// A port of a service.
+    Service(Arc<ServiceState>, usize),
+    /// One pod, or something that the mesh does not know; for a pod, the service port that it serves, for names.
+    Address(Option<Arc<WorkloadEntry>>, Option<(Arc<ServiceState>, usize)>),
+}
+
+impl Target {
+    /// Looks an address up.
+    pub fn find(mesh: &Snapshot, asked: SocketAddr) -> Self {
+        match mesh.service_by_vip(asked.ip(), asked.port()) {
+            VipLookup::Port(service, port) => Self::Service(service, port),
+            // A cluster IP on a port that the service has not: nothing the mesh could route.
+            VipLookup::UnknownPort(_) => Self::Address(None, None),
+            VipLookup::None => {
+                Self::Address(mesh.by_address(asked.ip()), mesh.service_of(asked.ip(), asked.port()))
+            }
+        }
+    }
+
+    /// What its port declares.
+    pub fn declared(&self) -> AppProtocol {
+        match self.service() {
+            Some((service, port)) => service.ports[port].port.protocol,
+            // Bytes to a destination outside the mesh are carried as they are.
+            None if matches!(self, Self::Address(None, _)) => AppProtocol::Tcp,
+            None => AppProtocol::Detect,
+        }
+    }
+
+    /// The service, for names.
+    pub fn service(&self) -> Option<(&Arc<ServiceState>, usize)> {
+        match self {
+            Self::Service(service, port) => Some((service, *port)),
+            Self::Address(_, found) => found.as_ref().map(|(s, p)| (s, *p)),
+        }
+    }
+}
+
+/// An endpoint and the way to it.
+pub struct Chosen {
+    /// The balancer's account of it; none where there was no choice.
+    pub picked: Option<balance::Picked>,
+    /// Where.
+    pub address: SocketAddr,
+    /// How.
+    pub way: Way,
+}
+
+impl Outbound {
+    /// The best endpoint outside `tried`; `None` when there is none that takes traffic.
+    pub fn choose(&self, target: &Target, tried: &[SocketAddr]) -> Option<Chosen> {
+        let shared = &self.thread.shared;
+        match target {
+            Target::Service(service, port) => {
+                let balancer = &service.ports[*port].balancer;
+                // Another try at the only endpoint beats giving up.
+                let picked = balancer.pick(tried).or_else(|| balancer.pick(&[]))?;
+                let endpoint = picked.endpoint();
+                let address = endpoint.address;
+                let mesh = shared.mesh.state().ok()?;
+                let workload = endpoint.workload.as_deref().and_then(|uid| mesh.by_uid(uid));
+                let way = Way::choose(shared, &self.source, address, workload);
+                Some(Chosen { picked: Some(picked), address, way })
+            }
+            Target::Address(workload, _) => {
+                let way = Way::choose(shared, &self.source, self.asked, workload.clone());
+                Some(Chosen { picked: None, address: self.asked, way })
+            }
+        }
+    }
+
+    /// On the same node this side also decides what the destination allows.
+    ///
+    /// # Errors
+    /// The reason of the refusal.
+    pub fn admit(&self, chosen: &Chosen) -> Result<(), Reason> {
+        let Way::SameNode(_, workload) = &chosen.way else { return Ok(()) };
+        let asker = self.source.identity.as_ref().map_or(Asker::Unknown, Asker::Identity);
+        policy::admit(&workload.workload, chosen.address.port(), asker)
+    }
+
+    /// What the far side is told.
+    pub fn purpose(&self, target: &Target, destination: SocketAddr, protocol: AppProtocol) -> Purpose {
+        let service = target.service().map(|(service, _)| Arc::clone(&service.key));
+        Purpose { client: self.client, destination, protocol, service }
+    }
+}
+
+/// Serves one connection that the pod made.
+pub async fn serve(thread: &Rc<Thread>, pod: &Arc<LocalPod>, mut stream: TcpStream, client: SocketAddr) {
+    let shared = &thread.shared;
+    let _ = set_stream_options(&stream, &shared.settings.timeouts);
+    let refuse = |mut stream: TcpStream, reason: Reason, what: &str| {
+        shared.metrics.refused(Direction::Outbound, reason);
+        tracing::info!(pod = %pod.uid, %client, reason = reason.flag(), what, "outbound connection refused");
+        stream.abort();
+    };
+    let Ok(_permit) = pod.budget.connection() else {
+        return refuse(stream, Reason::OverBudget, "the pod has as many connections as it may");
+    };
+    let asked = match shared.flows.load().as_ref().map(|flows| flows.original_destination(stream.as_fd())) {
+        Some(Ok(Some(asked))) => canonical(asked),
+        Some(Ok(None)) => {
+            return refuse(stream, Reason::NoRoute, "it was made to the proxy's own listener");
+        }
+        Some(Err(e)) => {
+            tracing::error!(pod = %pod.uid, error = %e, "the kernel does not tell where a connection goes");
+            return refuse(stream, Reason::NoRoute, "its destination is not known");
+        }
+        None => return refuse(stream, Reason::Unsynced, "the agent has not handed over its maps yet"),
+    };
+    // The snapshot is let go before anything is waited for: a connection may live longer than many configurations.
+    let found =
+        shared.mesh.state().map(|mesh| mesh.by_uid(&pod.uid).map(|pod| (pod, Target::find(&mesh, asked))));
+    let (source, target) = match found {
+        Ok(Some(found)) => found,
+        Ok(None) => {
+            return refuse(stream, Reason::Unsynced, "the controller does not know this pod (any more)");
+        }
+        Err(_) => return refuse(stream, Reason::Unsynced, "the node has no configuration yet"),
+    };
+    let protocol = target.declared();
+    let mut ctx =
+        Outbound { thread: Rc::clone(thread), pod: Arc::clone(pod), source, client, asked, protocol };
+    let mut life = pod.watch();
+    let work = async {
+        match protocol {
+            AppProtocol::Http1 => http1(ctx, stream, BytesMut::new(), None).await,
+            AppProtocol::Http2 | AppProtocol::Grpc => http2(ctx, stream, BytesMut::new(), None).await,
+            AppProtocol::Tcp | AppProtocol::Tls => {
+                relay_to_endpoint(&ctx, &target, stream, BytesMut::new()).await;
+            }
+            AppProtocol::Detect => match detect_and_dial(&ctx, &target, &mut stream).await {
+                Ok(Detected { protocol, read, first }) => {
+                    ctx.protocol = protocol;
+                    match protocol {
+                        AppProtocol::Http1 => http1(ctx, stream, read, first).await,
+                        AppProtocol::Http2 | AppProtocol::Grpc => http2(ctx, stream, read, first).await,
+                        _ => match first {
+                            Some(first) => relay_first(&ctx, &target, stream, read, first).await,
+                            None => relay_to_endpoint(&ctx, &target, stream, read).await,
+                        },
+                    }
+                }
+                Err(reason) => relay::failed(&ctx, &target, None, stream, reason.into()),
+            },
+        }
+    };
+    tokio::select! {
+        () = work => {}
+        // What is left when the pod's drain ends is dropped here: streams with unread bytes are reset by the kernel.
+        () = pods::closed(&mut life) => {}
+    }
+}
+
+async fn http1(ctx: Outbound, client: TcpStream, read: BytesMut, first: Option<First>) {
+    let limits = ctx.thread.shared.limits.clone();
+    h1::serve(Stream::Plain(client), read, OutboundExchange::new(ctx, first), &limits).await;
+}
+
+async fn http2(ctx: Outbound, client: TcpStream, read: BytesMut, first: Option<First>) {
+    let limits = ctx.thread.shared.limits.clone();
+    let client = Prefixed::new(read.freeze(), Stream::Plain(client));
+    h2::serve(client, Rc::new(OutboundExchange::new(ctx, first)), &limits).await;
+}
+
+/// Opaque bytes: tries endpoints until one takes the connection.
+async fn relay_to_endpoint(ctx: &Outbound, target: &Target, client: TcpStream, read: BytesMut) {
+    match dial_any(ctx, target).await {
+        Ok(first) => relay_first(ctx, target, client, read, first).await,
+        Err((way, reason)) => relay::failed(ctx, target, way, client, reason.into()),
+    }
+}
+
+/// Connects to one endpoint after the other, as many as a request would be tried on.
+async fn dial_any(ctx: &Outbound, target: &Target) -> Result<First, (Option<Way>, Reason)> {
+    let mut tried = Vec::new();
+    let mut last = (None, Reason::NoHealthyUpstream);
+    for _ in 0..=ctx.thread.shared.settings.retries.attempts {
+        let Some(mut chosen) = ctx.choose(target, &tried) else { break };
+        if let Err(reason) = ctx.admit(&chosen) {
+            return Err((Some(chosen.way), reason));
+        }
+        let purpose = ctx.purpose(target, chosen.address, ctx.protocol);
+        match dial::connect(&ctx.thread, &ctx.pod, &chosen.way, &purpose).await {
+            Ok(upstream) => {
+                if let Some(picked) = &mut chosen.picked {
+                    picked.answered(balance::Health::Working);
+                }
+                return Ok(First { chosen, upstream, born: Instant::now() });
+            }
+            Err(e) => {
+                log_failed_dial(ctx, &e);
+                if let Some(picked) = chosen.picked {
+                    picked.connect_failed();
+                }
+                tried.push(chosen.address);
+                last = (Some(chosen.way), e.reason());
+                // Without a choice of endpoints another try would only repeat the answer.
+                if matches!(target, Target::Address(..)) {
+                    break;
+                }
+            }
+        }
+    }
+    Err(last)
+}
+
+/// Says why an endpoint could not be reached: often the first thing that someone looking for a fault needs.
+pub fn log_failed_dial(ctx: &Outbound, error: &DialError) {
+    tracing::info!(
+        source = %ctx.source.principal, client = %ctx.client, asked = %ctx.asked,
+        reason = error.reason().flag(), %error, "endpoint not reached"
+    );
+}
+
+async fn relay_first(ctx: &Outbound, target: &Target, client: TcpStream, read: BytesMut, first: First) {
+    let H1Upstream { stream: upstream, read_buf, preface, .. } = first.upstream;
+    let mut to_upstream = preface;
+    to_upstream.extend_from_slice(&read);
+    Relay {
+        client: Stream::Plain(client),
+        upstream,
+        header_bytes: to_upstream.len() - read.len(),
+        to_upstream: to_upstream.freeze(),
+        to_client: read_buf.freeze(),
+    }
+    .run_outbound(ctx, target, &first.chosen)
+    .await;
+}
+
+struct Detected {
+    protocol: AppProtocol,
+    read: BytesMut,
+    first: Option<First>,
+}
+
+/// Who was first: the client with bytes that tell what they are, or the endpoint.
+enum Raced {
+    Client(AppProtocol),
+    Endpoint(Result<First, (Option<Way>, Reason)>),
+}
+
+/// Dials an endpoint at once and meanwhile looks at what the client says. Whoever speaks first decides: a server makes it
+/// opaque TCP, a client is looked at until its bytes tell. When no endpoint can be reached, an HTTP client goes on without
+/// one, since it can be told why.
+async fn detect_and_dial(
+    ctx: &Outbound,
+    target: &Target,
+    client: &mut TcpStream,
+) -> Result<Detected, Reason> {
+    let settings = &ctx.thread.shared.settings.detection;
+    let mut read = BytesMut::new();
+    let mut dial = pin!(dial_any(ctx, target));
+    let raced = {
+        let mut sniff = pin!(sniff_client(client, &mut read, settings));
+        poll_fn(|cx| {
+            if let Poll::Ready(protocol) = sniff.as_mut().poll(cx) {
+                return Poll::Ready(Raced::Client(protocol));
+            }
+            dial.as_mut().poll(cx).map(Raced::Endpoint)
+        })
+        .await
+    };
+    let is_http = |protocol| matches!(protocol, AppProtocol::Http1 | AppProtocol::Http2);
+    let mut first = match raced {
+        Raced::Client(protocol) => {
+            return match dial.await {
+                Ok(first) => Ok(Detected { protocol, read, first: Some(first) }),
+                Err(_) if is_http(protocol) => Ok(Detected { protocol, read, first: None }),
+                Err((_, reason)) => Err(reason),
+            };
+        }
+        Raced::Endpoint(Err((_, reason))) => {
+            return match timeout(settings.timeout, sniff_client(client, &mut read, settings)).await {
+                Ok(protocol) if is_http(protocol) => Ok(Detected { protocol, read, first: None }),
+                _ => Err(reason),
+            };
+        }
+        Raced::Endpoint(Ok(first)) => first,
+    };
+    // The far side connects to the application as soon as it has the header, so that a server that speaks first can.
+    let preface = std::mem::take(&mut first.upstream.preface);
+    if !preface.is_empty() && first.upstream.stream.write_all(&preface).await.is_err() {
+        return Err(Reason::UpstreamConnectFailure);
+    }
+    let protocol = {
+        let mut sniff = pin!(sniff_client(client, &mut read, settings));
+        let upstream = &mut first.upstream;
+        poll_fn(|cx| match sniff.as_mut().poll(cx) {
+            Poll::Ready(protocol) => Poll::Ready(Ok(protocol)),
+            Poll::Pending => server_spoke(upstream, cx),
+        })
+        .await?
+    };
+    Ok(Detected { protocol, read, first: Some(first) })
+}
+
+/// Ready when the server said something or ended: no need to understand the client any more.
+pub fn server_spoke<S: Transport>(
+    upstream: &mut H1Upstream<S>,
+    cx: &mut std::task::Context<'_>,
+) -> Poll<Result<AppProtocol, Reason>> {
+    let mut bytes = [0; 4096];
+    let mut buf = ReadBuf::new(&mut bytes);
+    match Pin::new(&mut upstream.stream).poll_read(cx, &mut buf) {
+        Poll::Pending => Poll::Pending,
+        Poll::Ready(Ok(())) => {
+            upstream.read_buf.extend_from_slice(buf.filled());
+            Poll::Ready(Ok(AppProtocol::Tcp))
+        }
+        // A socket tells of its reset only once, so this must be acted on here.
+        Poll::Ready(Err(_)) => Poll::Ready(Err(Reason::UpstreamTermination)),
+    }
+}
+
+/// Reads from a client until its bytes tell what they are. May be dropped and called again: what was read is in `read`.
+pub async fn sniff_client<S: AsyncRead + Unpin>(
+    client: &mut S,
+    read: &mut BytesMut,
+    settings: &DetectionSettings,
+) -> AppProtocol {
+    let mut deadline = None;
+    loop {
+        if !read.is_empty() {
+            if let Some(protocol) = detect::protocol(read) {
+                return protocol;
+            }
+            deadline.get_or_insert_with(|| Instant::now() + settings.timeout);
+        }
+        if read.len() >= settings.max_bytes {
+            return AppProtocol::Tcp;
+        }
+        let more = client.read_buf(read);
+        let more = match deadline {
+            Some(deadline) => timeout_at(deadline, more).await,
+            None => Ok(more.await),
+        };
+        match more {
+            Ok(Ok(n)) if n > 0 => {}
+            // A client that ends, fails or falls silent before it told: what it said goes on as it is.
+            _ => return AppProtocol::Tcp,
+        }
+    }
+}

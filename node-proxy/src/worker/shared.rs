@@ -1,0 +1,156 @@
+//! What all threads of the worker share: settings, atomic snapshots, metrics.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use redirect_bpf::FlowMaps;
+use tokio::net::TcpSocket;
+
+use super::balance::load::LoadSettings;
+use super::http::HttpLimits;
+use super::mesh::store::Store;
+use super::pods::LocalPod;
+use super::resilience::{BudgetSettings, PodLimits, RetryBudgets, RetryPolicy};
+use super::sockets::ToAgentSender;
+use super::telemetry::access_log::AccessLog;
+use super::telemetry::{SignalSettings, Signals, Telemetry};
+use crate::config::{AccessLogFormat, WorkerSettings};
+use crate::tls::Tls;
+
+/// The pods of this node by UID.
+pub type Pods = HashMap<Arc<str>, Arc<LocalPod>>;
+
+/// State of the whole worker.
+pub struct Shared {
+    /// Name of the node.
+    pub node: String,
+    /// Settings.
+    pub settings: WorkerSettings,
+    /// The part of the settings that the HTTP modules need.
+    pub limits: HttpLimits,
+    /// What the controller said.
+    pub mesh: Store,
+    /// Certificates, trust and handshakes.
+    pub tls: Tls,
+    /// The pods of this node.
+    pub pods: ArcSwap<Pods>,
+    /// What may be retried.
+    pub retry_policy: Arc<RetryPolicy>,
+    /// How much may be retried.
+    pub retry_budgets: RetryBudgets,
+    /// Share of the proxy that each pod may use.
+    pub pod_limits: PodLimits,
+    /// Metrics and access log.
+    pub metrics: Telemetry,
+    /// What the kernel knows about accepted sockets.
+    pub flows: ArcSwapOption<FlowMaps>,
+    /// Messages to the agent.
+    pub to_agent: ToAgentSender,
+}
+
+impl Shared {
+    /// State that knows nothing yet.
+    ///
+    /// # Errors
+    /// When the access log's thread can't be started.
+    pub fn new(node: String, settings: WorkerSettings, to_agent: ToAgentSender) -> std::io::Result<Self> {
+        let load = LoadSettings {
+            decay: settings.balancer.ewma_decay,
+            default_rtt: settings.balancer.default_rtt,
+            ..LoadSettings::default()
+        };
+        let retries = &settings.retries;
+        let retry_policy = RetryPolicy {
+            attempts: retries.attempts,
+            statuses: retries.statuses.clone(),
+            backoff_min: retries.backoff_min,
+            backoff_max: retries.backoff_max,
+            per_try_timeout: off_if_zero(settings.timeouts.per_try),
+        };
+        let retry_budgets = RetryBudgets::new(BudgetSettings {
+            ratio: retries.budget_ratio,
+            min_per_second: retries.budget_min_per_second,
+            ..BudgetSettings::default()
+        });
+        let pod_limits = PodLimits {
+            connections: settings.limits.connections_per_pod.into(),
+            handshakes: settings.limits.handshakes_per_pod.into(),
+            ..PodLimits::default()
+        };
+        let access_log = match settings.access_log.format {
+            AccessLogFormat::Off => AccessLog::off(),
+            AccessLogFormat::Json => AccessLog::start(settings.access_log.sampling, std::io::stdout())?,
+        };
+        let signals = Arc::new(Signals::new(SignalSettings::default()));
+        Ok(Self {
+            node,
+            limits: http_limits(&settings),
+            mesh: Store::new(load),
+            tls: Tls::default(),
+            pods: ArcSwap::default(),
+            retry_policy: Arc::new(retry_policy),
+            retry_budgets,
+            pod_limits,
+            metrics: Telemetry::new(signals, access_log),
+            flows: ArcSwapOption::empty(),
+            to_agent,
+            settings,
+        })
+    }
+
+    /// All metrics in Prometheus' text format.
+    pub fn encode_metrics(&self) -> String {
+        let mut out = String::new();
+        self.metrics.encode(&mut out);
+        out
+    }
+
+    /// Tells the redirection whom an application shall see as its peer. Display data: the connection is made all the
+    /// same when it fails, and the failure is counted.
+    pub fn set_peer_name(&self, socket: &TcpSocket, name: SocketAddr) {
+        let done = self.flows.load().as_ref().map(|flows| flows.set_peer_name(socket.as_fd(), name));
+        if !matches!(done, Some(Ok(()))) {
+            self.metrics.peer_name_errors.inc();
+        }
+    }
+}
+
+/// Stands for no limit where a time has to be added to now: thirty years, which no clock overflows on.
+const NEVER: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+
+/// How often series and budgets that nobody uses are looked for.
+const SWEEP: Duration = Duration::from_secs(10);
+
+/// Forgets series and budgets that nobody uses, as long as the worker lives.
+pub async fn sweep(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(SWEEP).await;
+        let now = tokio::time::Instant::now();
+        shared.metrics.signals.sweep(now);
+        shared.retry_budgets.sweep(now);
+    }
+}
+
+fn off_if_zero(d: Duration) -> Option<Duration> {
+    (!d.is_zero()).then_some(d)
+}
+
+/// The limits of HTTP parsing, out of the worker's settings.
+fn http_limits(settings: &WorkerSettings) -> HttpLimits {
+    HttpLimits {
+        max_head_bytes: settings.limits.head_bytes,
+        max_headers: settings.limits.headers,
+        header_timeout: settings.timeouts.header,
+        keepalive_idle: off_if_zero(settings.timeouts.http_idle).unwrap_or(NEVER),
+        stream_idle: off_if_zero(settings.timeouts.stream_idle),
+        replay_cap: settings.retries.replay_bytes,
+        read_buffer: settings.limits.relay_buffer,
+        h2_max_streams: settings.limits.h2_streams,
+        h2_stream_window: settings.limits.h2_stream_window,
+        h2_connection_window: settings.limits.h2_connection_window,
+    }
+}

@@ -1,0 +1,7 @@
+//! How bytes of one pod travel to another pod's node: the two tunnel forms.
+
+pub mod hbone;
+pub mod header;
+
+/// ALPN protocol of HBONE (RFC 9113 §3.1).
+pub const HBONE_ALPN: &[u8] = b"h2";
