@@ -1,0 +1,236 @@
+"""Small TCP servers and clients whose every step a scenario can know.
+
+    talk.py serve BEHAVIOUR PORT         listens on both address families and writes one JSON line per connection
+    talk.py call BEHAVIOUR HOST PORT [N] connects and writes one JSON line about what happened
+"""
+
+import hashlib
+import json
+import socket
+import struct
+import sys
+import threading
+
+RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 seconds: close() sends RST (tcp(7))
+BLOCK = bytes(range(256)) * 256
+
+
+def say(**what):
+    print(json.dumps(what), flush=True)
+
+
+def read_all(conn):
+    """Everything up to the end of the stream: (bytes, hash)."""
+    count, digest = 0, hashlib.sha256()
+    while data := conn.recv(1 << 18):
+        count += len(data)
+        digest.update(data)
+    return count, digest.hexdigest()
+
+
+def write_blocks(conn, count):
+    """Sends count bytes; returns their hash."""
+    digest, left = hashlib.sha256(), count
+    while left:
+        part = BLOCK[:left] if left < len(BLOCK) else BLOCK
+        conn.sendall(part)
+        digest.update(part)
+        left -= len(part)
+    return digest.hexdigest()
+
+
+def read_exactly(conn, count):
+    digest, left = hashlib.sha256(), count
+    while left:
+        data = conn.recv(min(left, 1 << 18))
+        if not data:
+            raise EOFError(f"the stream ended {left} bytes early")
+        left -= len(data)
+        digest.update(data)
+    return digest.hexdigest()
+
+
+# ---- servers: one function per behaviour, called with each connection
+
+def serve_echo(conn):
+    while data := conn.recv(1 << 16):
+        conn.sendall(data)
+
+
+def serve_banner(conn):
+    conn.sendall(b"220 welcome\r\n")
+    serve_echo(conn)
+
+
+def serve_reset(conn):
+    conn.recv(1)
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
+
+
+def serve_answer_after_end(conn):
+    """Answers only after the client closed its sending half."""
+    count, digest = read_all(conn)
+    conn.sendall(json.dumps({"count": count, "sha256": digest}).encode())
+
+
+def serve_end_first(conn):
+    """Closes its own sending half at once and then reads to the end."""
+    conn.sendall(b"all I have to say")
+    conn.shutdown(socket.SHUT_WR)
+    count, digest = read_all(conn)
+    say(received=count, sha256=digest)
+
+
+def serve_swap(conn):
+    """Reads a length, then sends and receives that many bytes at the same time."""
+    count = int.from_bytes(conn.recv(8, socket.MSG_WAITALL), "big")
+    result = {}
+    sender = threading.Thread(target=lambda: result.update(sent=write_blocks(conn, count)))
+    sender.start()
+    result["received"] = read_exactly(conn, count)
+    sender.join()
+    say(count=count, **result)
+    conn.sendall(b"!")
+
+
+def serve_flood(conn):
+    """Sends for as long as anybody takes it."""
+    while True:
+        conn.sendall(BLOCK)
+
+
+def serve_listen_to_reset(conn):
+    """Says how the client's end shows."""
+    conn.sendall(b"go")
+    try:
+        end = "eof" if not conn.recv(1) else "data"
+    except ConnectionResetError:
+        end = "reset"
+    say(end=end)
+
+
+def one_connection(behaviour, conn, peer):
+    with conn:
+        say(accepted=peer[0], accepted_port=peer[1], peer=conn.getpeername()[0], local=conn.getsockname()[0])
+        try:
+            behaviour(conn)
+        except (ConnectionError, EOFError) as e:
+            say(error=type(e).__name__)
+
+
+def serve(behaviour, port):
+    def listen(family, address):
+        server = socket.socket(family, socket.SOCK_STREAM)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        server.bind((address, port))
+        server.listen(1024)
+        return server
+
+    def accept(server):
+        while True:
+            conn, peer = server.accept()
+            threading.Thread(target=one_connection, args=(behaviour, conn, peer), daemon=True).start()
+
+    six = listen(socket.AF_INET6, "::")
+    four = listen(socket.AF_INET, "0.0.0.0")
+    threading.Thread(target=accept, args=(six,), daemon=True).start()
+    accept(four)
+
+
+# ---- clients: one function per behaviour, called with the connection; what they return is written
+
+def call_look(conn):
+    """How the connection looks from here, and that it works."""
+    conn.sendall(b"ping")
+    answer = conn.recv(4, socket.MSG_WAITALL).decode()
+    return {"peer": conn.getpeername()[0], "peer_port": conn.getpeername()[1],
+            "local": conn.getsockname()[0], "local_port": conn.getsockname()[1], "answer": answer}
+
+
+def call_wait_for_banner(conn):
+    """Says nothing before the server did."""
+    banner = conn.recv(64).decode()
+    conn.sendall(b"ping")
+    return {"banner": banner, "answer": conn.recv(4, socket.MSG_WAITALL).decode()}
+
+
+def call_speak_and_read(conn):
+    conn.sendall(b"x")
+    return {"received": len(conn.recv(1))}
+
+
+def call_listen(conn):
+    return {"received": len(conn.recv(1))}
+
+
+def call_end_then_read(conn):
+    sent = write_blocks(conn, 300_000)
+    conn.shutdown(socket.SHUT_WR)
+    answer = b""
+    while data := conn.recv(4096):
+        answer += data
+    return {"sent": sent, "answer": json.loads(answer)}
+
+
+def call_read_to_end_then_speak(conn):
+    heard = b""
+    while data := conn.recv(4096):
+        heard += data
+    sent = write_blocks(conn, 300_000)
+    return {"heard": heard.decode(), "sent": sent}
+
+
+def call_swap(conn):
+    count = int(sys.argv[5])
+    conn.sendall(count.to_bytes(8, "big"))
+    result = {}
+    sender = threading.Thread(target=lambda: result.update(sent=write_blocks(conn, count)))
+    sender.start()
+    result["received"] = read_exactly(conn, count)
+    sender.join()
+    result["end"] = conn.recv(1).decode()
+    return result
+
+
+def call_reset(conn):
+    conn.recv(2, socket.MSG_WAITALL)
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
+    return {}
+
+
+def call_take_nothing(conn):
+    """Reads one block and then nothing more, until killed."""
+    conn.recv(1)
+    say(received=1)
+    threading.Event().wait()
+
+
+def call(behaviour, host, port):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    conn = socket.socket(family, socket.SOCK_STREAM)
+    conn.settimeout(20)
+    try:
+        conn.connect((host, port))
+    except OSError as e:
+        say(stage="connect", error=type(e).__name__)
+        return
+    try:
+        result = behaviour(conn)
+        conn.close()
+        say(**result)
+    except (OSError, EOFError) as e:
+        say(stage="stream", error=type(e).__name__)
+
+
+def main():
+    kind, name, *rest = sys.argv[1:]
+    behaviour = globals()[f"{kind}_{name.replace('-', '_')}"]
+    if kind == "serve":
+        serve(behaviour, int(rest[0]))
+    else:
+        call(behaviour, rest[0], int(rest[1]))
+
+
+main()

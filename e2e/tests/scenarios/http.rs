@@ -1,0 +1,170 @@
+//! HTTP/1.1 with curl and nginx.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::{Outcome, Stage};
+use testbed::load::{LoadReport, load};
+use testbed::{Capture, Metrics, Pod, PodSpec, PodState, ServiceSpec, programs, wait};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const CANARY: &str = "canary-4c1d0f";
+
+/// An address as it stands in a URL.
+fn host(address: IpAddr) -> String {
+    match address {
+        IpAddr::V4(v4) => v4.to_string(),
+        IpAddr::V6(v6) => format!("[{v6}]"),
+    }
+}
+
+fn addresses(pod: &Pod) -> [IpAddr; 2] {
+    [pod.v4().into(), pod.v6().into()]
+}
+
+/// The body of an answer to curl, which must be a success.
+fn get(pod: &Pod, url: &str, args: &[&str]) -> Result<String> {
+    let canary = format!("x-canary: {CANARY}");
+    let curl = pod.launch("curl").args(["-sS", "--fail-with-body", "--max-time", "10", "-H", &canary]);
+    curl.args(args).arg(url).output()?.ok()
+}
+
+pub(crate) fn http1_works_across_nodes_and_on_one_node_and_is_never_plain_on_the_wire() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let capture = Capture::start(&stage.mesh, 1, 2)?;
+        for server in [&stage.near, &stage.far] {
+            let _nginx = programs::nginx(server, 8080)?;
+            let expected = format!("{} {CANARY}\n", server.name());
+            for address in addresses(server) {
+                let url = format!("http://{}:8080/", host(address));
+                ensure!(get(&stage.client, &url, &[])? == expected, "{url}");
+                ensure!(get(&stage.client, &url, &["--http1.0"])? == expected, "{url} with HTTP/1.0");
+                ensure!(
+                    get(&stage.client, &url, &[&url, "--next", "-sS", "-H", &format!("x-canary: {CANARY}")])?
+                        == expected.repeat(2),
+                    "{url} twice on one connection"
+                );
+                let large = "y".repeat(300_000);
+                let body = server.dir().join("large");
+                std::fs::write(&body, &large)?;
+                let upload =
+                    ["--data-binary", &format!("@{}", body.display()), "-H", "transfer-encoding: chunked"];
+                ensure!(get(&stage.client, &url, &upload)? == expected, "{url} with a chunked body");
+            }
+        }
+        let seen = capture.finish()?;
+        ensure!(seen.canary_bytes(CANARY) == 0, "{} bytes of plain text", seen.canary_bytes(CANARY));
+        ensure!(seen.bytes_on_port(15008) > 0, "nothing went through a tunnel");
+        ensure!(seen.bytes_off_port(15008) == 0, "TCP went past the tunnel");
+        Ok(())
+    })
+}
+
+pub(crate) fn services_are_reached_by_their_addresses_and_requests_bear_identities() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let _nginx = programs::nginx(&stage.far, 8080)?;
+        let service = ServiceSpec::new("shop", "web").selector("app", "far").port("http", 80, 8080);
+        let vips = stage.mesh.service(service)?;
+        stage.mesh.settle()?;
+        for vip in &vips {
+            let answer = get(&stage.client, &format!("http://{}/", host(*vip)), &[])?;
+            ensure!(answer == format!("far {CANARY}\n"), "{vip} answered {answer:?}");
+        }
+        let (source, destination) = (stage.client.identity(), stage.far.identity());
+        for (node, reporter) in [(1, "source"), (2, "destination")] {
+            let metrics = stage.mesh.node(node).metrics()?;
+            let labels = [
+                ("reporter", reporter),
+                ("source_principal", source.as_str()),
+                ("destination_principal", destination.as_str()),
+                ("connection_security_policy", if reporter == "source" { "unknown" } else { "mutual_tls" }),
+                ("response_code", "200"),
+                ("destination_service_name", "web"),
+            ];
+            let n = metrics.sum("istio_requests_total", &labels);
+            ensure!(
+                n == vips.len() as f64,
+                "{reporter} counted {n} requests with {labels:?}; there are:\n{}",
+                listing(&metrics)
+            );
+        }
+        Ok(())
+    })
+}
+
+fn listing(metrics: &Metrics) -> String {
+    metrics.select("istio_requests_total", &[]).map(|s| format!("{:?} {}\n", s.labels, s.value)).collect()
+}
+
+pub(crate) fn a_replica_that_is_killed_under_load_fails_no_idempotent_request() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let third = stage.mesh.pod(PodSpec::new("shop", "third").node(2).label("tier", "back"))?;
+        stage.mesh.enrol(&third)?;
+        let vips = stage
+            .mesh
+            .service(ServiceSpec::new("shop", "web").selector("tier", "back").port("http", 80, 8080))?;
+        let _near = programs::nginx(&stage.near, 8080)?;
+        let _third = programs::nginx(&third, 8080)?;
+        let mut victim = programs::nginx(&stage.far, 8080)?;
+        stage.mesh.settle()?;
+
+        let mut load = load(&stage.client)?
+            .arg(format!("http://{}/", vips[0]))
+            .args(["--concurrency", "16", "--rate", "500", "--canary", CANARY, "--interval", "0.1"])
+            .spawn()?;
+        for _ in 0..3 {
+            served(&load, stage.far.name(), 50)?;
+            victim.kill()?;
+            // Kubernetes has not noticed: the replica is still said to be ready.
+            let before = newest(&load)?.sent;
+            wait::until("requests without the replica", LIMIT, || {
+                Ok((newest(&load)?.sent > before + 300).then_some(()))
+            })?;
+            stage.mesh.set_pod_state(&stage.far, PodState::NotReady)?;
+            stage.mesh.settle()?;
+            victim = programs::nginx(&stage.far, 8080)?;
+            stage.mesh.set_pod_state(&stage.far, PodState::Ready)?;
+            stage.mesh.settle()?;
+        }
+        load.signal(nix::sys::signal::Signal::SIGTERM)?;
+        load.wait(LIMIT)?;
+        let report = LoadReport::last(&load)?;
+        ensure!(report.failed == 0, "requests failed: {report:?}");
+        ensure!(report.servers.len() == 3, "not all replicas were used: {report:?}");
+        let retries = stage.mesh.node(1).metrics()?.sum("sockmesh_retries_total", &[]);
+        ensure!(retries > 0.0, "nothing was retried, so nothing was put to the test");
+        Ok(())
+    })
+}
+
+fn newest(load: &testbed::Process) -> Result<LoadReport> {
+    Ok(LoadReport::newest(load)?.unwrap_or_default())
+}
+
+/// Waits until a server has answered `n` requests more.
+fn served(load: &testbed::Process, server: &str, n: u64) -> Result<()> {
+    let count = || -> Result<u64> { Ok(newest(load)?.servers.get(server).copied().unwrap_or_default()) };
+    let before = count()?;
+    wait::until(&format!("{n} answers of {server}"), LIMIT, || Ok((count()? >= before + n).then_some(())))
+        .with_context(|| format!("the load program's newest line: {:?}", newest(load)))
+}
+
+pub(crate) fn a_service_that_cannot_be_reached_answers_503_with_its_reason() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        // A ready endpoint behind which nothing listens.
+        let vips = stage
+            .mesh
+            .service(ServiceSpec::new("shop", "web").selector("app", "far").port("http", 80, 8080))?;
+        stage.mesh.settle()?;
+        let out = stage
+            .client
+            .launch("curl")
+            .args(["-sSi", "--max-time", "10"])
+            .arg(format!("http://{}/", vips[0]));
+        let answer = out.output()?.ok()?.to_lowercase();
+        ensure!(answer.starts_with("http/1.1 503"), "{answer}");
+        ensure!(answer.contains("x-sockmesh-reason: "), "{answer}");
+        Ok(())
+    })
+}

@@ -1,0 +1,30 @@
+//! All scenarios; each module is a topic, each function a story whose name says what holds.
+
+mod http;
+mod peers;
+mod policy;
+mod restarts;
+mod tcp;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    e2e::runner::main(e2e::scenarios![
+        http::http1_works_across_nodes_and_on_one_node_and_is_never_plain_on_the_wire,
+        http::services_are_reached_by_their_addresses_and_requests_bear_identities,
+        http::a_replica_that_is_killed_under_load_fails_no_idempotent_request,
+        http::a_service_that_cannot_be_reached_answers_503_with_its_reason,
+        peers::client_and_server_see_each_others_true_addresses,
+        tcp::without_a_mesh_the_same_things_hold,
+        tcp::a_server_that_speaks_first_is_heard_at_once,
+        tcp::databases_work_through_the_mesh,
+        tcp::a_refused_connection_is_refused_or_reset_and_never_a_clean_end,
+        tcp::a_reset_arrives_as_a_reset_in_both_directions,
+        tcp::half_closed_connections_go_on_in_the_other_direction,
+        tcp::two_gibibytes_arrive_unchanged_both_ways,
+        policy::a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it,
+        restarts::a_worker_that_is_killed_under_load_refuses_no_connection_and_sends_nothing_plain,
+        restarts::an_agent_that_is_killed_and_comes_back_costs_no_request,
+        restarts::a_pod_whose_node_proxy_is_gone_is_refused_and_never_sent_out_plain,
+    ])
+}

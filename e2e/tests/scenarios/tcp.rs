@@ -1,0 +1,140 @@
+//! TCP as it is without a mesh: who speaks first, how things end, and that every byte arrives.
+
+use anyhow::{Result, ensure};
+use e2e::{Outcome, Stage, talk};
+use testbed::{Capture, ServiceSpec, programs};
+
+const CANARY: &str = "canary-9be2a7";
+
+/// What the mesh must not change: the same stories with no mesh at all, so that the others can be believed.
+pub(crate) fn without_a_mesh_the_same_things_hold() -> Result<Outcome> {
+    Stage::unmeshed(&[])?.play(|stage| {
+        hear_the_banner(stage)?;
+        refuse_closed_ports(stage)?;
+        reset_both_ways(stage)?;
+        half_close_both_ways(stage)
+    })
+}
+
+pub(crate) fn a_server_that_speaks_first_is_heard_at_once() -> Result<Outcome> {
+    Stage::new()?.play(hear_the_banner)
+}
+
+fn hear_the_banner(stage: &Stage) -> Result<()> {
+    for server in [&stage.near, &stage.far] {
+        // No service declares a protocol, so the mesh has to find out who speaks first.
+        let _banner = talk::serve(server, "banner", 2525)?;
+        for address in [server.v4().into(), std::net::IpAddr::from(server.v6())] {
+            // The client says nothing before it has heard the banner: a proxy that waits for it waits for ever.
+            let heard = talk::call(&stage.client, "wait-for-banner", address, 2525)?;
+            ensure!(heard["banner"] == "220 welcome\r\n" && heard["answer"] == "ping", "{address}: {heard}");
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn databases_work_through_the_mesh() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let capture = Capture::start(&stage.mesh, 1, 2)?;
+        for server in [&stage.near, &stage.far] {
+            let _mariadb = programs::mariadb(server, 3306)?;
+            let _redis = programs::redis(server, 6379)?;
+            let _postgres = programs::postgres(server, 5432)?;
+            let select = format!("select '{CANARY}'");
+            for host in [server.v4().to_string(), server.v6().to_string()] {
+                let run = |program: &str, args: &[&str]| -> Result<()> {
+                    let answer = stage.client.launch(program).args(args).output()?.ok()?;
+                    ensure!(answer.trim() == CANARY, "{program} at {host} answered {answer:?}");
+                    Ok(())
+                };
+                run("mariadb", &["--no-defaults", "-h", &host, "-P", "3306", "-BN", "-e", &select])?;
+                run("redis-cli", &["-h", &host, "-p", "6379", "echo", CANARY])?;
+                run("psql", &["-h", &host, "-p", "5432", "-U", "postgres", "-Atc", &select])?;
+            }
+        }
+        let plain = capture.finish()?.canary_bytes(CANARY);
+        ensure!(plain == 0, "{plain} bytes of plain text");
+        Ok(())
+    })
+}
+
+pub(crate) fn a_refused_connection_is_refused_or_reset_and_never_a_clean_end() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        refuse_closed_ports(stage)?;
+        // Known before the connect: no endpoint at all.
+        stage.announce_refusal("connect_refused_no_endpoint");
+        stage.announce_refusal("UH");
+        let vips = stage
+            .mesh
+            .service(ServiceSpec::new("shop", "none").selector("app", "nobody").port("tcp", 70, 70))?;
+        stage.mesh.settle()?;
+        for vip in vips {
+            let end = talk::call(&stage.client, "listen", vip, 70)?;
+            ensure!(end["error"] == "ConnectionRefusedError" && end["stage"] == "connect", "{vip}: {end}");
+        }
+        Ok(())
+    })
+}
+
+fn refuse_closed_ports(stage: &Stage) -> Result<()> {
+    for server in [&stage.near, &stage.far] {
+        for address in [server.v4().into(), std::net::IpAddr::from(server.v6())] {
+            for behaviour in ["listen", "speak-and-read"] {
+                let end = talk::call(&stage.client, behaviour, address, 9)?;
+                ensure!(
+                    end["error"] == "ConnectionRefusedError" || end["error"] == "ConnectionResetError",
+                    "{behaviour} to a closed port of {address}: {end}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn a_reset_arrives_as_a_reset_in_both_directions() -> Result<Outcome> {
+    Stage::new()?.play(reset_both_ways)
+}
+
+fn reset_both_ways(stage: &Stage) -> Result<()> {
+    for server in [&stage.near, &stage.far] {
+        let _resets = talk::serve(server, "reset", 7001)?;
+        let end = talk::call(&stage.client, "speak-and-read", server.v4(), 7001)?;
+        ensure!(end["error"] == "ConnectionResetError", "{} resets, the client sees {end}", server.name());
+        let listens = talk::serve(server, "listen-to-reset", 7002)?;
+        talk::call(&stage.client, "reset", server.v4(), 7002)?;
+        let end = listens.line_with("end", 1)?;
+        ensure!(end["end"] == "reset", "the client resets, {} sees {end}", server.name());
+    }
+    Ok(())
+}
+
+pub(crate) fn half_closed_connections_go_on_in_the_other_direction() -> Result<Outcome> {
+    Stage::new()?.play(half_close_both_ways)
+}
+
+fn half_close_both_ways(stage: &Stage) -> Result<()> {
+    for server in [&stage.near, &stage.far] {
+        let _answers = talk::serve(server, "answer-after-end", 7003)?;
+        let said = talk::call(&stage.client, "end-then-read", server.v4(), 7003)?;
+        ensure!(said["answer"]["count"] == 300_000, "{said}");
+        ensure!(said["answer"]["sha256"] == said["sent"], "{said}");
+        let ends = talk::serve(server, "end-first", 7004)?;
+        let said = talk::call(&stage.client, "read-to-end-then-speak", server.v6(), 7004)?;
+        let heard = ends.line_with("received", 1)?;
+        ensure!(said["heard"] == "all I have to say" && heard["sha256"] == said["sent"], "{said} {heard}");
+    }
+    Ok(())
+}
+
+pub(crate) fn two_gibibytes_arrive_unchanged_both_ways() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let count = 2_u64 << 30;
+        let swaps = talk::serve(&stage.far, "swap", 7005)?;
+        let client = talk::call_with(&stage.client, "swap", stage.far.v4(), 7005, &[&count.to_string()])?;
+        let server = swaps.line_with("count", 1)?;
+        ensure!(client["sent"].is_string() && client["sent"] == server["received"], "{client} {server}");
+        ensure!(server["sent"].is_string() && server["sent"] == client["received"], "{client} {server}");
+        ensure!(client["end"] == "!", "{client}");
+        Ok(())
+    })
+}
