@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Everything that must hold: style, crates, then all tests, those included that need root. Each stage says how long it
+# took; at the end come the test runners' own summaries.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+SECONDS=0
+failed=()
+
+stage() {
+    local name=$1 start=$SECONDS
+    shift
+    printf '\n=== %s\n' "$name"
+    if "$@"; then
+        printf -- '--- %s: done in %d s\n' "$name" $((SECONDS - start))
+    else
+        printf -- '--- %s: FAILED after %d s\n' "$name" $((SECONDS - start))
+        failed+=("$name")
+    fi
+}
+
+# A later stage says nothing if this one failed.
+must() {
+    stage "$@"
+    if [ "${#failed[@]}" != 0 ]; then
+        exit 1
+    fi
+}
+
+# Tests that need root are run as root, by the runner that cargo starts test programs with; building is not.
+run_tests() {
+    local runner=()
+    if [ "$(id -u)" != 0 ]; then
+        local host
+        host=$(rustc -vV | sed -n 's/^host: //p')
+        host=${host//-/_}
+        runner=(env "CARGO_TARGET_${host^^}_RUNNER=sudo -E")
+    fi
+    "${runner[@]}" cargo test --release --locked --no-fail-fast "$@" 2>&1 | tee -a "$output"
+}
+
+must "tools and programs" scripts/install-deps.sh build run check
+must "eBPF toolchain" scripts/install-bpf-toolchain.sh
+stage "formatting" cargo fmt --all --check
+stage "lints" cargo clippy --release --locked --workspace --all-targets --quiet -- -D warnings
+stage "crates: licences, sources, bans" scripts/check-crates.sh
+must "build" cargo build --release --locked --workspace
+stage "unit and integration tests" run_tests --workspace --exclude e2e -- --include-ignored
+stage "scenarios" run_tests -p e2e -- --include-ignored --test-threads 1
+
+printf '\n=== summary\n'
+awk '/^ *Running / { sub(/^ *Running (unittests )?/, ""); sub(/ \(.*/, ""); name = $0; next }
+     /^ *Doc-tests / { name = "documentation of " $2; next }
+     /^test .*FAILED$/ || /skipped: / { print "  " name ": " $0; next }
+     /^test result:/ { if ($4 + $6 + $8) print name ": " $0; passed += $4; failed += $6; ignored += $8 }
+     END { printf "test result: %s. %d passed; %d failed; %d ignored, in all\n",
+           (failed ? "FAILED" : "ok"), passed, failed, ignored }' "$output"
+printf 'took %d s\n' "$SECONDS"
+if [ "${#failed[@]}" != 0 ]; then
+    printf 'FAILED: %s\n' "${failed[*]}"
+    exit 1
+fi
