@@ -193,7 +193,10 @@ settings! {
         /// A pooled connection to an endpoint between requests.
         pool_idle: Duration = secs(60), "duration", secs(1) => secs(3600);
         /// Data that the peer's kernel does not acknowledge (TCP_USER_TIMEOUT).
-        unacknowledged: Duration = secs(60), "duration, 0 = the kernel's own", Duration::ZERO => secs(3600);
+        ///
+        /// Off by default: Linux also applies it to a peer that acknowledges but reads nothing, and a paused reader is none
+        /// of the mesh's business. Keepalive finds peers that are gone.
+        unacknowledged: Duration = Duration::ZERO, "duration, 0 = the kernel's own", Duration::ZERO => secs(3600);
         /// Silence after which the kernel asks whether the peer still lives (SO_KEEPALIVE).
         keepalive: Duration = secs(60), "duration, 0 = off", Duration::ZERO => secs(7200);
     }
@@ -232,14 +235,13 @@ settings! {
         headers: usize = 100, "fields", 1 => 10_000;
         /// Streams that a peer may have open on one HTTP/2 connection.
         h2_streams: u32 = 100, "streams", 1 => 100_000;
-        /// Receive window of an HTTP/2 stream.
-        h2_stream_window: u32 = 64 * 1024, "bytes", 65_535 => 1 << 30;
+        /// Receive window of an HTTP/2 stream. A bulk stream stops less often in a wider one; together, the streams of
+        /// a connection never have more under way than the connection's window.
+        h2_stream_window: u32 = 256 * 1024, "bytes", 65_535 => 1 << 30;
         /// Receive window of an HTTP/2 connection.
         h2_connection_window: u32 = 1024 * 1024, "bytes", 65_535 => 1 << 30;
-        /// Buffer of a TCP stream, for each direction.
-        relay_buffer: usize = 32 * KIB, "bytes", 1024 => 4 * MIB;
-        /// Connections to one endpoint on behalf of one pod.
-        connections_per_endpoint: u32 = 1024, "connections", 1 => 1_000_000;
+        /// Read buffer of an HTTP/1 message; idle connections hold none.
+        read_buffer: usize = 32 * KIB, "bytes", 1024 => 4 * MIB;
         /// Idle pooled connections to one endpoint on behalf of one pod.
         pool_per_endpoint: u32 = 64, "connections", 0 => 100_000;
     }

@@ -303,7 +303,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Agent(args) if args.stop_all => {
             let config = args.node.load(args.overrides())?;
-            ask(config.node.run_dir, Request::Stop, Output::Text)
+            runtime()?.block_on(agent::stop(&config.node.run_dir))?;
+            println!("agent, worker and keyd of node {} are gone; capture stays", config.node.name);
+            Ok(())
         }
         Command::Agent(args) => {
             let config = args.node.load(args.overrides())?;

@@ -79,7 +79,7 @@ async fn answer(agent: &Agent, request: &Request<Incoming>) -> Result<Response<F
     }
     match request.uri().path() {
         "/metrics" => {
-            let own = metrics::own(agent);
+            let own = metrics::own(agent).await;
             let workers = ask_worker(agent, QueryKind::Metrics).await;
             let text = match &workers {
                 Some(workers) => metrics::merge(&[&own, &String::from_utf8_lossy(workers)]),

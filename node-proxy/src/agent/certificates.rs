@@ -155,6 +155,22 @@ pub(super) fn drop_key_later(agent: &Arc<Agent>, key_id: String, after: Duration
     });
 }
 
+/// Drops keys that the agent before left in keyd without a certificate of an enrolled pod: those of pods that were let
+/// go, and of renewals that it did not finish.
+pub(super) async fn drop_strays(agent: Arc<Agent>) {
+    let keyd = agent.current_keyd().await;
+    let strays: Vec<String> = {
+        let state = agent.state.lock();
+        let used = |key_id: &str| {
+            state.pods.values().any(|p| p.certificate.as_ref().is_some_and(|c| c.record.key_id == key_id))
+        };
+        keyd.found().iter().filter(|key_id| !used(key_id)).cloned().collect()
+    };
+    for key_id in strays {
+        drop_key_later(&agent, key_id, agent.config.worker.timeouts.handshake * 2);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -351,7 +351,7 @@ fn note_status(agent: &Agent, stream: StreamStatus) {
 
 /// Puts one update in force, here and in the worker, and answers it.
 async fn apply(agent: &Agent, update: DeltaUpdate) {
-    let DeltaUpdate { type_url, upserts, removals, undecodable, answer, .. } = update;
+    let DeltaUpdate { type_url, upserts, removals, undecodable, complete, answer } = update;
     for problem in &undecodable {
         tracing::warn!(%problem, "a resource cannot be understood; its former state stays in force");
     }
@@ -359,7 +359,7 @@ async fn apply(agent: &Agent, update: DeltaUpdate) {
         upserts: upserts.into_iter().map(|u| (u.resource, u.version)).collect(),
         removals: removals.into_iter().map(|name| (type_url, name)).collect(),
     };
-    match put_in_force(agent, changes).await {
+    match put_in_force(agent, changes, complete.then_some(type_url)).await {
         Ok(()) => {
             agent.controller.status.lock().last_update = now();
             agent.touch();
@@ -374,8 +374,34 @@ async fn apply(agent: &Agent, update: DeltaUpdate) {
 }
 
 /// The worker first: what it refuses, the agent does not keep. A worker that dies meanwhile is followed by one that
-/// starts from the state before, and that one is asked again.
-async fn put_in_force(agent: &Agent, changes: Changes) -> Result<(), ConfigureError> {
+/// starts from the state before, and that one is asked again. As long as the state is not complete, or the worker has
+/// none, changes are gathered here, and the worker gets all of it at once.
+async fn put_in_force(
+    agent: &Agent,
+    changes: Changes,
+    completed: Option<&'static str>,
+) -> Result<(), ConfigureError> {
+    let gathered = {
+        let mut state = agent.state.lock();
+        let worker = state.worker.clone();
+        let gather = !state.mesh.is_complete() || worker.as_ref().is_some_and(|w| !w.is_configured());
+        if gather {
+            state.mesh.apply(changes.clone());
+        }
+        if let Some(type_url) = completed {
+            state.mesh.completed(type_url);
+        }
+        gather.then(|| {
+            let complete = state.mesh.is_complete();
+            worker.filter(|_| complete).map(|worker| worker.configure(state.mesh.full()))
+        })
+    };
+    match gathered {
+        Some(Some(applied)) => return applied.await,
+        // The worker that comes gets all of it when it is brought up.
+        Some(None) => return Ok(()),
+        None => {}
+    }
     let mut changed = agent.changed.subscribe();
     for _ in 0..APPLY_ATTEMPTS {
         let (worker, applied) = loop {

@@ -280,9 +280,10 @@ impl Disk {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mesh_api::model::{Trust, Workload};
+    use mesh_api::model::Trust;
 
     use crate::agent::mesh::Mesh;
+    use crate::agent::mesh::tests::workload;
 
     fn disk() -> (tempfile::TempDir, Disk) {
         let dir = tempfile::tempdir().unwrap();
@@ -294,16 +295,13 @@ mod tests {
         let mut mesh = Mesh::new("n1".to_owned());
         mesh.apply(Changes {
             upserts: vec![
+                (workload("a", "n1"), "v1".to_owned()),
                 (
-                    Resource::Workload(Workload {
-                        uid: "a".into(),
-                        node: "n1".into(),
-                        ..Workload::default()
+                    Resource::Trust(Trust {
+                        trust_domain: "cluster.local".into(),
+                        roots: vec![[1, 2, 3].into()],
+                        ..Trust::default()
                     }),
-                    "v1".to_owned(),
-                ),
-                (
-                    Resource::Trust(Trust { trust_domain: "cluster.local".into(), ..Trust::default() }),
                     "v2".to_owned(),
                 ),
             ],

@@ -3,7 +3,7 @@
 //! States: no keyd → connected (a [`KeydClient`] is published) → gone, and from the start. A new keyd holds no keys, so
 //! whoever cares about keys compares clients: another client means that keys may be gone.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +15,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::process::{self, Launcher, Restarts, Role};
-use crate::ipc::proto::{DropKey, FromKeyd, KeydHello, NewKey, SignChannel, ToKeyd, to_keyd};
+use crate::ipc::proto::{DropKey, FromKeyd, KeydCounters, KeydHello, NewKey, SignChannel, ToKeyd, to_keyd};
 use crate::ipc::stream::{FrameReader, FrameWriter, split};
 
 /// keyd makes a key and signs in far less than a millisecond; this long means that it hangs.
@@ -31,8 +31,9 @@ struct Request {
 /// A connection to one keyd process.
 pub(super) struct KeydClient {
     pid: u32,
-    /// Keys that it had when the connection began, and those made since.
-    keys: Mutex<BTreeSet<String>>,
+    /// Keys that it had when the connection began, and those made since, with the pods' UIDs.
+    keys: Mutex<BTreeMap<String, String>>,
+    found: Vec<String>,
     next_id: AtomicU64,
     requests: mpsc::UnboundedSender<Request>,
     /// `None` once the connection is gone.
@@ -53,7 +54,30 @@ impl KeydClient {
 
     /// Whether it holds this key.
     pub(super) fn has_key(&self, key_id: &str) -> bool {
-        self.keys.lock().contains(key_id)
+        self.keys.lock().contains_key(key_id)
+    }
+
+    /// All keys that it holds for a pod.
+    pub(super) fn keys_of(&self, uid: &str) -> Vec<String> {
+        self.keys.lock().iter().filter(|(_, of)| *of == uid).map(|(key_id, _)| key_id.clone()).collect()
+    }
+
+    /// Number of keys that it holds.
+    pub(super) fn number_of_keys(&self) -> usize {
+        self.keys.lock().len()
+    }
+
+    /// Keys that it held when the connection began.
+    pub(super) fn found(&self) -> &[String] {
+        &self.found
+    }
+
+    /// What it has counted since it started.
+    ///
+    /// # Errors
+    /// That it is gone.
+    pub(super) async fn counters(&self) -> anyhow::Result<KeydCounters> {
+        Ok(self.call(to_keyd::Message::Hello(KeydHello {}), None).await?.counters.unwrap_or_default())
     }
 
     async fn call(&self, message: to_keyd::Message, descriptor: Option<OwnedFd>) -> anyhow::Result<FromKeyd> {
@@ -84,7 +108,7 @@ impl KeydClient {
     pub(super) async fn new_key(&self, uid: &str, spiffe_id: &str) -> anyhow::Result<NewPodKey> {
         let request = NewKey { uid: uid.to_owned(), spiffe_id: spiffe_id.to_owned() };
         let answer = self.call(to_keyd::Message::NewKey(request), None).await?;
-        self.keys.lock().insert(answer.key_id.clone());
+        self.keys.lock().insert(answer.key_id.clone(), uid.to_owned());
         Ok(NewPodKey { key_id: answer.key_id, csr_der: answer.csr_der })
     }
 
@@ -163,9 +187,11 @@ async fn session(stream: UnixStream, current: &watch::Sender<Option<Arc<KeydClie
     anyhow::ensure!(answer.error.is_empty(), "keyd: {}", answer.error);
     let (requests, queue) = mpsc::unbounded_channel();
     let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
+    let found = answer.keys.iter().map(|k| k.key_id.clone()).collect();
     let client = Arc::new(KeydClient {
+        found,
         pid: answer.pid,
-        keys: Mutex::new(answer.keys.into_iter().map(|k| k.key_id).collect()),
+        keys: Mutex::new(answer.keys.into_iter().map(|k| (k.key_id, k.uid)).collect()),
         next_id: AtomicU64::new(1),
         requests,
         pending: Arc::clone(&pending),

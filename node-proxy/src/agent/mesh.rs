@@ -25,7 +25,7 @@ pub(super) struct Stored {
 }
 
 /// Changes of one update, not yet in force.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Changes {
     /// New and changed resources with their versions.
     pub(super) upserts: Vec<(Resource, String)>,
@@ -66,21 +66,24 @@ pub(super) struct Mesh {
     local: BTreeMap<Arc<str>, Arc<Workload>>,
     trust: Option<Arc<Trust>>,
     refused: BTreeMap<String, Vec<(IpAddr, u16)>>,
+    /// Type URLs whose whole state is known.
+    complete: BTreeSet<&'static str>,
 }
 
 /// Addresses and ports of a service that nobody ready serves.
 fn unserved(service: &Service) -> Vec<(IpAddr, u16)> {
-    let served: BTreeSet<u16> = service
+    // By family, since a connection goes to endpoints of the family that it asked for.
+    let served: BTreeSet<(bool, u16)> = service
         .endpoints
         .iter()
         .filter(|e| e.ready && !e.terminating)
-        .flat_map(|e| e.ports.iter().map(|(port, _)| *port))
+        .flat_map(|e| e.ports.iter().map(|(port, _)| (e.address.to_canonical().is_ipv4(), *port)))
         .collect();
     service
         .vips
         .iter()
         .flat_map(|vip| service.ports.iter().map(move |p| (*vip, p.port)))
-        .filter(|(_, port)| !served.contains(port))
+        .filter(|(vip, port)| !served.contains(&(vip.to_canonical().is_ipv4(), *port)))
         .collect()
 }
 
@@ -90,9 +93,15 @@ impl Mesh {
         Self { node, ..Self::default() }
     }
 
-    /// Whether anything is known yet.
-    pub(super) fn is_empty(&self) -> bool {
-        self.resources.is_empty()
+    /// Whether all that there is to know was heard once. Before that no worker gets a configuration: one that knew the
+    /// services and not the pods behind them would take those for strangers and send to them in plain.
+    pub(super) fn is_complete(&self) -> bool {
+        RESOURCE_TYPES.iter().all(|t| self.complete.contains(t))
+    }
+
+    /// The whole state of a type is known.
+    pub(super) fn completed(&mut self, type_url: &'static str) {
+        self.complete.insert(type_url);
     }
 
     /// Number of changes so far.
@@ -209,12 +218,19 @@ impl Mesh {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use mesh_api::model::{AppProtocol, Endpoint, ServicePort};
 
-    fn workload(uid: &str, node: &str) -> Resource {
-        Resource::Workload(Workload { uid: uid.into(), node: node.into(), ..Workload::default() })
+    pub(crate) fn workload(uid: &str, node: &str) -> Resource {
+        Resource::Workload(Workload {
+            uid: uid.into(),
+            name: uid.into(),
+            namespace: "shop".into(),
+            service_account: "default".into(),
+            node: node.into(),
+            ..Workload::default()
+        })
     }
 
     fn service(endpoints: &[(bool, bool, u16)]) -> Service {
@@ -225,10 +241,11 @@ mod tests {
             hostname: "web.shop.svc.cluster.local".into(),
             vips: vec!["10.96.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
             ports: vec![port(80), port(443)],
-            endpoints: endpoints
+            endpoints: ["10.0.0.1", "fd00:1::1"]
                 .iter()
-                .map(|(ready, terminating, port)| Endpoint {
-                    address: "10.0.0.1".parse().unwrap(),
+                .flat_map(|address| endpoints.iter().map(move |endpoint| (address, endpoint)))
+                .map(|(address, (ready, terminating, port))| Endpoint {
+                    address: address.parse().unwrap(),
                     workload: None,
                     ready: *ready,
                     terminating: *terminating,
@@ -270,6 +287,10 @@ mod tests {
         assert_eq!(mesh.refused(), [(v4, 80), (v4, 443), (v6, 80), (v6, 443)]);
         upsert(&mut mesh, Resource::Service(service(&[(true, false, 80), (true, false, 443)])));
         assert_eq!(mesh.refused(), []);
+        let mut only_v4 = service(&[(true, false, 80), (true, false, 443)]);
+        only_v4.endpoints.retain(|e| e.address.is_ipv4());
+        upsert(&mut mesh, Resource::Service(only_v4));
+        assert_eq!(mesh.refused(), [(v6, 80), (v6, 443)], "nobody serves the other family");
     }
 
     #[test]

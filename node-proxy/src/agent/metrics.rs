@@ -70,7 +70,7 @@ fn escape(value: &str) -> String {
 }
 
 /// The agent's own families.
-pub(super) fn own(agent: &Agent) -> String {
+pub(super) async fn own(agent: &Agent) -> String {
     use std::sync::atomic::Ordering::Relaxed;
     let status = status::collect(agent);
     let controller = agent.controller.status();
@@ -170,6 +170,28 @@ pub(super) fn own(agent: &Agent) -> String {
     for (type_url, count) in &status.resources {
         let kind = type_url.rsplit('.').next().unwrap_or(type_url);
         let _ = writeln!(t, "sockmesh_config_resources{{type=\"{}\"}} {count}", escape(kind));
+    }
+    let keyd = agent.keyd.borrow().clone();
+    if let Some(keyd) = keyd {
+        match keyd.counters().await {
+            Ok(counters) => {
+                let name = "sockmesh_keyd_signatures_total";
+                family(t, name, "counter", "Signatures asked of keyd since it started, by result.");
+                for (result, value) in [
+                    ("signed", counters.signed),
+                    ("refused_content", counters.refused_content),
+                    ("refused_key", counters.refused_key),
+                    ("refused_rate", counters.refused_rate),
+                ] {
+                    let _ = writeln!(t, "{name}{{result=\"{result}\"}} {value}");
+                }
+                family(t, "sockmesh_keyd_keys", "gauge", "Keys that keyd holds.");
+                let _ = writeln!(t, "sockmesh_keyd_keys {}", keyd.number_of_keys());
+            }
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "keyd's part is missing from the metrics");
+            }
+        }
     }
     family(t, "sockmesh_build_info", "gauge", "Version of the agent.");
     let _ = writeln!(t, "sockmesh_build_info{{version=\"{}\"}} 1", escape(&status.version));

@@ -45,13 +45,14 @@ use tokio::task::JoinHandle;
 
 pub use requests::{Reply, Request, ask};
 pub use status::{PodStatus, StatusDocument};
-pub use uninstall::uninstall;
+pub use uninstall::{stop, uninstall};
 
 use crate::config::NodeConfig;
 use controller::Controller;
 use disk::Disk;
 use keyd::KeydClient;
 use mesh::Mesh;
+use mesh_api::codec::RESOURCE_TYPES;
 use netns::NetnsThread;
 use pods::{Pod, PodLocks};
 use process::Launcher;
@@ -203,6 +204,8 @@ pub async fn run(mut config: NodeConfig, log_arguments: Vec<String>) -> anyhow::
         Ok(changes) => {
             tracing::info!(resources = changes.upserts.len(), "starting from the last good configuration");
             mesh.apply(changes);
+            // Only complete states are saved.
+            RESOURCE_TYPES.into_iter().for_each(|t| mesh.completed(t));
         }
         Err(error) => {
             tracing::warn!(%error, "starting without a configuration until the controller sends one")
@@ -242,6 +245,7 @@ pub async fn run(mut config: NodeConfig, log_arguments: Vec<String>) -> anyhow::
     let _tasks = [
         AbortOnDrop(tokio::spawn(controller::keep_identity(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(controller::receive(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(certificates::drop_strays(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(pods::follow(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(follow_refused(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(follow_disk(Arc::clone(&agent)))),
@@ -313,13 +317,13 @@ async fn follow_refused(agent: Arc<Agent>) {
 }
 
 async fn save_config(agent: &Agent) {
-    let (resources, empty) = {
+    let resources = {
         let state = agent.state.lock();
-        (state.mesh.export(), state.mesh.is_empty())
+        if !state.mesh.is_complete() {
+            return;
+        }
+        state.mesh.export()
     };
-    if empty {
-        return;
-    }
     let disk = agent.disk.clone();
     let saved = tokio::task::spawn_blocking(move || disk.save_config(resources)).await;
     let saved = saved.map_err(std::io::Error::other).and_then(|saved| saved);

@@ -51,7 +51,10 @@ impl SocketOptions {
     fn set(self, socket: &Socket) -> io::Result<()> {
         socket.set_tcp_nodelay(true)?;
         if !self.keepalive.is_zero() {
-            let keepalive = TcpKeepalive::new().with_time(self.keepalive).with_interval(self.keepalive / 4);
+            let keepalive = TcpKeepalive::new()
+                .with_time(self.keepalive)
+                .with_interval(self.keepalive / 4)
+                .with_retries(3);
             socket.set_tcp_keepalive(&keepalive)?;
         }
         if !self.unacknowledged.is_zero() {

@@ -20,7 +20,10 @@ use super::certificates::{self, HeldCertificate};
 use super::disk::PodRecord;
 use super::netns::{self, Listeners};
 use super::{AbortOnDrop, Agent};
-use crate::ipc::proto::ListenerKind;
+use crate::ipc::proto::{ListenerKind, QueryKind};
+
+/// Pause before another worker is asked.
+const BETWEEN_WORKERS: Duration = Duration::from_millis(20);
 
 /// One enrolled pod.
 pub(super) struct Pod {
@@ -215,7 +218,7 @@ pub(super) async fn enrol(
     insert(agent, uid, &record, netns, listeners, false);
     agent.touch();
     let prepared = async {
-        wait_for_certificate(agent, uid, deadline).await?;
+        wait_until_served(agent, uid, deadline).await?;
         if let Some(pod) = agent.state.lock().pods.get_mut(uid) {
             pod.ready = true;
         }
@@ -252,7 +255,9 @@ async fn wait_until(agent: &Agent, deadline: Instant, mut reached: impl FnMut(&A
 async fn wait_for_workload(agent: &Agent, uid: &str, deadline: Instant) -> anyhow::Result<()> {
     let there = |agent: &Agent| {
         let state = agent.state.lock();
-        state.mesh.trust().is_some() && state.mesh.local(uid).is_some_and(|w| w.enrolled && !w.host_network)
+        state.mesh.is_complete()
+            && state.mesh.trust().is_some()
+            && state.mesh.local(uid).is_some_and(|w| w.enrolled && !w.host_network)
     };
     if wait_until(agent, deadline, there).await {
         return Ok(());
@@ -300,6 +305,23 @@ async fn wait_for_certificate(agent: &Agent, uid: &str, deadline: Instant) -> an
     anyhow::bail!("no certificate for pod {uid}: {}", why.unwrap_or_else(|| "no answer yet".to_owned()))
 }
 
+/// Waits until the worker has listeners and certificate: it answers in order, so an answer means all before was done.
+async fn wait_until_served(agent: &Agent, uid: &str, deadline: Instant) -> anyhow::Result<()> {
+    loop {
+        wait_for_certificate(agent, uid, deadline).await?;
+        let Some(worker) = agent.state.lock().worker.clone() else { continue };
+        match worker.query(QueryKind::Connections).await {
+            Ok(_) => return Ok(()),
+            // The next worker gets all of it when it is brought up.
+            Err(error) if Instant::now() < deadline => {
+                tracing::debug!(uid, error = format!("{error:#}"), "asking the next worker");
+                tokio::time::sleep(BETWEEN_WORKERS).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 async fn wait_until_captured(agent: &Agent, uid: &str, deadline: Instant) -> anyhow::Result<()> {
     let captured = |agent: &Agent| agent.state.lock().pods.get(uid).is_some_and(Pod::captured);
     if wait_until(agent, deadline, captured).await {
@@ -326,7 +348,7 @@ pub(super) async fn unenrol(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<boo
 
 fn release(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<()> {
     let drain = agent.config.worker.drain_deadline;
-    let pod = {
+    {
         let mut state = agent.state.lock();
         let Some(pod) = state.pods.get(uid) else { return Ok(()) };
         agent
@@ -334,18 +356,18 @@ fn release(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<()> {
             .lock()
             .unenrol(pod.cookie)
             .with_context(|| format!("cannot stop capturing pod {uid}"))?;
-        let pod = state.pods.remove(uid);
+        state.pods.remove(uid);
         if let Some(worker) = &state.worker {
             worker.pod_removed(uid, drain);
         }
-        pod
-    };
+    }
     agent.touch();
     if let Err(error) = agent.disk.remove_certificate(uid) {
         tracing::warn!(uid, %error, "the pod's certificate stays on disk");
     }
-    if let Some(held) = pod.and_then(|pod| pod.certificate) {
-        certificates::drop_key_later(agent, held.record.key_id, drain);
+    let keyd = agent.keyd.borrow().clone();
+    for key_id in keyd.map(|keyd| keyd.keys_of(uid)).unwrap_or_default() {
+        certificates::drop_key_later(agent, key_id, drain);
     }
     Ok(())
 }

@@ -25,7 +25,7 @@ use crate::config::ProcessSettings;
 /// A process that lived this long did not crash on start: the next one is started at once.
 const HEALTHY_LIFE: Duration = Duration::from_secs(1);
 /// How long a process may take to end after it was asked to.
-const END_SECONDS: i64 = 5;
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,13 +124,44 @@ pub(super) fn describe_end(status: ExitStatus) -> String {
 
 /// Waits for a child whose connection is gone, and makes sure that it ends.
 pub(super) async fn reap(child: &mut Child) -> io::Result<ExitStatus> {
-    if let Ok(status) =
-        tokio::time::timeout(Duration::from_secs(END_SECONDS.unsigned_abs()), child.wait()).await
-    {
+    if let Ok(status) = tokio::time::timeout(END_TIMEOUT, child.wait()).await {
         return status;
     }
     child.start_kill()?;
     child.wait().await
+}
+
+/// A descriptor that names this very process, even if its number is used again; `None` when it is gone.
+fn process_descriptor(pid: u32) -> io::Result<Option<Arc<OwnedFd>>> {
+    let number = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    let number = number.ok_or_else(|| io::Error::other(format!("{pid} is no process id")))?;
+    match rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty()) {
+        Ok(descriptor) => Ok(Some(Arc::new(descriptor))),
+        Err(rustix::io::Errno::SRCH) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Whether the process ends within `limit`.
+async fn ends_within(descriptor: &Arc<OwnedFd>, limit: Duration) -> io::Result<bool> {
+    let descriptor = Arc::clone(descriptor);
+    let wait = move || {
+        let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
+        Ok(poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&limit))? > 0)
+    };
+    tokio::task::spawn_blocking(wait).await.map_err(io::Error::other)?
+}
+
+/// Waits for a process that was told to end. No such process is no error.
+///
+/// # Errors
+/// When it lives on after `limit`.
+pub(super) async fn wait_for_end(pid: u32, limit: Duration) -> io::Result<()> {
+    let Some(descriptor) = process_descriptor(pid)? else { return Ok(()) };
+    if ends_within(&descriptor, limit).await? {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("process {pid} still runs after {limit:?}")))
 }
 
 /// Ends a process that need not be a child: asks, waits, and then insists. No such process is no error.
@@ -138,27 +169,13 @@ pub(super) async fn reap(child: &mut Child) -> io::Result<ExitStatus> {
 /// # Errors
 /// When the process cannot be signalled.
 pub(super) async fn end(pid: u32) -> io::Result<()> {
-    let Ok(number) = i32::try_from(pid) else { return Ok(()) };
-    let Some(raw) = rustix::process::Pid::from_raw(number) else { return Ok(()) };
-    // The descriptor names this very process even if its number is used again.
-    let descriptor = match rustix::process::pidfd_open(raw, rustix::process::PidfdFlags::empty()) {
-        Ok(descriptor) => Arc::new(descriptor),
-        Err(rustix::io::Errno::SRCH) => return Ok(()),
-        Err(e) => return Err(e.into()),
-    };
+    let Some(descriptor) = process_descriptor(pid)? else { return Ok(()) };
     for signal in [Signal::TERM, Signal::KILL] {
         match rustix::process::pidfd_send_signal(&descriptor, signal) {
             Err(rustix::io::Errno::SRCH) => return Ok(()),
             other => other?,
         }
-        let waiting = Arc::clone(&descriptor);
-        let ended = tokio::task::spawn_blocking(move || {
-            let timeout = Timespec { tv_sec: END_SECONDS, tv_nsec: 0 };
-            poll(&mut [PollFd::new(&waiting, PollFlags::IN)], Some(&timeout))
-        })
-        .await
-        .map_err(io::Error::other)??;
-        if ended > 0 {
+        if ends_within(&descriptor, END_TIMEOUT).await? {
             return Ok(());
         }
     }

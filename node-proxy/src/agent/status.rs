@@ -103,7 +103,7 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
     if keyd.is_none() {
         not_ready.push("no keyd".to_owned());
     }
-    if state.mesh.trust().is_none() {
+    if !state.mesh.is_complete() {
         not_ready.push(format!("no configuration: {}", controller.describe()));
     }
     for pod in &pods {

@@ -25,12 +25,17 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// When a process does not end.
-pub(super) async fn stop(run_dir: &Path) -> anyhow::Result<()> {
-    match ask(run_dir, &Request::Stop).await {
-        Ok(None) => {}
-        Ok(Some(Reply::Error { message })) => anyhow::bail!("the agent does not stop: {message}"),
-        Ok(Some(_)) => wait_for_agent(run_dir).await?,
-        Err(error) => return Err(error),
+pub async fn stop(run_dir: &Path) -> anyhow::Result<()> {
+    let asked = |request| async move {
+        tokio::time::timeout(STOP_TIMEOUT, ask(run_dir, &request))
+            .await
+            .context("the agent does not answer; end it by hand and try again")?
+    };
+    if let Some(Reply::Status(status)) = asked(Request::Status).await? {
+        match asked(Request::Stop).await? {
+            Some(Reply::Error { message }) => anyhow::bail!("the agent does not stop: {message}"),
+            _ => process::wait_for_end(status.agent_pid, STOP_TIMEOUT).await?,
+        }
     }
     // Left over from an agent that is gone, or one that could not reach them.
     for role in [Role::Worker, Role::Keyd] {
@@ -44,20 +49,6 @@ pub(super) async fn stop(run_dir: &Path) -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The agent's lock is free when the agent is gone.
-async fn wait_for_agent(run_dir: &Path) -> anyhow::Result<()> {
-    let deadline = tokio::time::Instant::now() + STOP_TIMEOUT;
-    loop {
-        match super::lock(run_dir) {
-            Ok(_) => return Ok(()),
-            Err(_) if tokio::time::Instant::now() < deadline => {
-                tokio::time::sleep(Duration::from_millis(20)).await
-            }
-            Err(error) => return Err(error.context("the agent does not end")),
-        }
-    }
 }
 
 async fn pid_of(role: Role, stream: UnixStream) -> anyhow::Result<u32> {

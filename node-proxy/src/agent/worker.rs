@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
+use super::keyd::KeydClient;
 use super::netns::Listeners;
 use super::process::{self, Launcher, Restarts, Role};
 use super::{Agent, pods};
@@ -107,13 +108,20 @@ impl WorkerLink {
         self.send(to_worker::Message::Certificate(message), Vec::new());
     }
 
-    /// Sends changes, as a full configuration if the worker has none; the future waits until they are in force. The
-    /// message is sent before this returns.
+    /// Whether the worker has a configuration, or has been sent one.
+    pub(super) fn is_configured(&self) -> bool {
+        self.configured.load(Ordering::Relaxed)
+    }
+
+    /// Sends a configuration or, to a worker that has one, changes; the future waits until they are in force. The message
+    /// is sent before this returns.
     pub(super) fn configure(
         self: &Arc<Self>,
-        mut config: Config,
+        config: Config,
     ) -> impl Future<Output = Result<(), ConfigureError>> + use<> {
-        config.full |= !self.configured.swap(true, Ordering::Relaxed);
+        if config.full {
+            self.configured.store(true, Ordering::Relaxed);
+        }
         let (full, link) = (config.full, Arc::clone(self));
         let (send, receive) = oneshot::channel();
         if let Some(pending) = self.pending.lock().as_mut() {
@@ -225,8 +233,7 @@ async fn session(agent: &Arc<Agent>, stream: UnixStream) -> anyhow::Result<()> {
     let result = tokio::select! {
         result = write(writer, queue) => result,
         result = read(agent, &link, &mut reader) => result,
-        result = follow_keyd(agent, &link) => result,
-        result = bring_up(agent, &link, served) => result,
+        result = lead(agent, &link, served) => result,
     };
     // Drops the senders, so that everyone who waits hears of the end.
     link.pending.lock().take();
@@ -300,24 +307,49 @@ async fn prepare_pods(agent: &Arc<Agent>, served: &mut BTreeMap<String, Served>)
     Ok(())
 }
 
-/// Sends the whole state and puts the link into it; then waits for ever.
+/// Makes the worker ready, in the order in which it needs things, and then follows keyd for as long as both live.
+async fn lead(agent: &Agent, link: &Arc<WorkerLink>, served: BTreeMap<String, Served>) -> anyhow::Result<()> {
+    let mut keyds = agent.keyd.clone();
+    // A pod's first connection needs a handshake, and a handshake needs keyd.
+    let keyd = loop {
+        let keyd = keyds.borrow_and_update().clone();
+        if let Some(keyd) = keyd
+            && give_channels(agent, link, &keyd).await
+        {
+            break keyd;
+        }
+        if keyds.changed().await.is_err() {
+            return Ok(());
+        }
+    };
+    bring_up(agent, link, &keyd, served).await?;
+    while keyds.changed().await.is_ok() {
+        let keyd = keyds.borrow_and_update().clone();
+        if let Some(keyd) = keyd {
+            give_channels(agent, link, &keyd).await;
+        }
+    }
+    Ok(())
+}
+
+/// Sends the whole state and puts the link into it; returns when it is in force.
 async fn bring_up(
     agent: &Agent,
     link: &Arc<WorkerLink>,
+    keyd: &KeydClient,
     served: BTreeMap<String, Served>,
 ) -> anyhow::Result<()> {
-    // Certificates are of no use to a worker without a way to keyd.
-    let keyd = agent.current_keyd().await;
     let applied = {
         let mut state = agent.state.lock();
-        // An agent that knows nothing yet takes nothing away from a worker that does.
-        let applied = (!state.mesh.is_empty()).then(|| link.configure(state.mesh.full()));
+        // An agent that does not know everything yet takes nothing away from a worker that does.
+        let applied = state.mesh.is_complete().then(|| link.configure(state.mesh.full()));
         for (uid, pod) in &state.pods {
-            if served.get(&**uid).is_none_or(|s| s.cookie != pod.cookie) {
-                link.pod_added(uid, pod.cookie, &pod.listeners);
-            }
+            // Before the listeners, in whose backlogs connections may wait.
             if let Some(held) = pod.certificate.as_ref().filter(|held| keyd.has_key(&held.record.key_id)) {
                 link.certificate(uid, &held.record);
+            }
+            if served.get(&**uid).is_none_or(|s| s.cookie != pod.cookie) {
+                link.pod_added(uid, pod.cookie, &pod.listeners);
             }
         }
         for uid in served.keys().filter(|uid| !state.pods.contains_key(uid.as_str())) {
@@ -328,38 +360,32 @@ async fn bring_up(
         applied
     };
     agent.touch();
-    if let Some(applied) = applied {
-        applied.await.context("the last good configuration does not come into force")?;
+    match applied {
+        Some(applied) => applied.await.context("the last good configuration does not come into force"),
+        None => Ok(()),
     }
-    std::future::pending().await
 }
 
-/// Gives the worker signing channels to the keyd of the hour.
-async fn follow_keyd(agent: &Agent, link: &WorkerLink) -> anyhow::Result<()> {
-    let mut keyds = agent.keyd.clone();
-    loop {
-        let keyd = keyds.borrow_and_update().clone();
-        if let Some(keyd) = keyd {
-            let mut ends = Vec::new();
-            for _ in 0..agent.config.worker.threads.max(1) {
-                match keyd.sign_channel().await {
-                    Ok(end) => ends.push(Arc::new(end)),
-                    // The next keyd follows.
-                    Err(e) => {
-                        tracing::warn!(error = format!("{e:#}"), "no signing channel");
-                        break;
-                    }
-                }
+/// Gives the worker signing channels to a keyd; whether that keyd lived long enough.
+async fn give_channels(agent: &Agent, link: &WorkerLink, keyd: &KeydClient) -> bool {
+    let mut ends = Vec::new();
+    // One for each thread: a signature is waited for, and threads must not wait for each other's.
+    let threads = match agent.config.worker.threads {
+        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        n => n as usize,
+    };
+    for _ in 0..threads {
+        match keyd.sign_channel().await {
+            Ok(end) => ends.push(Arc::new(end)),
+            Err(e) => {
+                tracing::warn!(error = format!("{e:#}"), "no signing channel; the next keyd will have one");
+                return false;
             }
-            let channels = u32::try_from(ends.len()).unwrap_or(u32::MAX);
-            if channels > 0 {
-                link.send(to_worker::Message::Keyd(Keyd { channels }), ends);
-            }
-        }
-        if keyds.changed().await.is_err() {
-            return Ok(());
         }
     }
+    let channels = u32::try_from(ends.len()).unwrap_or(u32::MAX);
+    link.send(to_worker::Message::Keyd(Keyd { channels }), ends);
+    true
 }
 
 async fn write(mut writer: FrameWriter, mut queue: mpsc::UnboundedReceiver<Outgoing>) -> anyhow::Result<()> {

@@ -55,7 +55,8 @@ fn filter_error(error: impl std::fmt::Display) -> SeccompError {
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-/// Memory, threads, time, signals to itself, and closing: what any Rust process does.
+/// Memory, threads, time, signals to itself, closing, and finding names for a panic's backtrace: what any Rust process
+/// does.
 const RUNTIME: &[i64] = &[
     libc::SYS_brk,
     libc::SYS_clock_getres,
@@ -67,6 +68,7 @@ const RUNTIME: &[i64] = &[
     libc::SYS_exit_group,
     libc::SYS_fstat,
     libc::SYS_futex,
+    libc::SYS_getcwd,
     libc::SYS_getegid,
     libc::SYS_geteuid,
     libc::SYS_getgid,
@@ -85,6 +87,7 @@ const RUNTIME: &[i64] = &[
     libc::SYS_ppoll,
     libc::SYS_pread64,
     libc::SYS_read,
+    libc::SYS_readlinkat,
     libc::SYS_readv,
     libc::SYS_restart_syscall,
     libc::SYS_rseq,
@@ -132,7 +135,7 @@ const STREAMS: &[i64] = &[
 
 /// Older forms that only x86_64 has.
 #[cfg(target_arch = "x86_64")]
-const LEGACY: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_poll];
+const LEGACY: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_poll, libc::SYS_readlink];
 #[cfg(not(target_arch = "x86_64"))]
 const LEGACY: &[i64] = &[];
 
@@ -296,6 +299,7 @@ mod tests {
         std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "sys::seccomp::tests::the_child", "--test-threads", "1"])
             .env(CHILD, format!("{filter} {deed}"))
+            .env("RUST_BACKTRACE", "1")
             .stdout(std::process::Stdio::null())
             .stderr(std::process::Stdio::null())
             .status()
@@ -314,7 +318,11 @@ mod tests {
             "reading" => assert!(!std::fs::read("/proc/self/status").unwrap().is_empty()),
             "runtime" => {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                runtime.block_on(tokio::time::sleep(std::time::Duration::from_millis(1)));
+                runtime.block_on(async { tokio::time::sleep(std::time::Duration::from_millis(1)).await });
+            }
+            "panicking" => {
+                let panicked = std::thread::spawn(|| panic!("on purpose")).join();
+                assert!(panicked.is_err());
             }
             "tcp" => drop(std::net::TcpListener::bind("127.0.0.1:0")),
             "udp" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
@@ -330,7 +338,7 @@ mod tests {
     #[test]
     fn what_the_processes_need_is_allowed() {
         for filter in ["worker", "keyd"] {
-            for deed in ["threads", "reading", "runtime"] {
+            for deed in ["threads", "reading", "runtime", "panicking"] {
                 let status = child(filter, deed);
                 assert!(status.success(), "{filter}: {deed}: {status}");
             }

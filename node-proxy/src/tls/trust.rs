@@ -81,6 +81,11 @@ impl TrustHandle {
         Ok(())
     }
 
+    /// Puts a parsed bundle in force.
+    pub fn put(&self, trust: TrustState) {
+        self.0.store(Some(Arc::new(trust)));
+    }
+
     /// The bundle in force.
     ///
     /// # Errors

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue};
-use tokio::sync::{Notify, watch};
+use mesh_api::identity::SpiffeId;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::http::{
@@ -16,7 +17,7 @@ use super::http::{
 use super::inbound::Inbound;
 use super::io::Stream;
 use super::pods::{Life, drained};
-use super::pool::{H2State, is_quiet, multiplex};
+use super::pool::{Dial, H2Made, is_quiet, multiplex, takes_streams};
 use super::reason::{Reason, Reasons};
 use super::report::{LoggedHead, RequestReport};
 use super::resilience::pod::Held;
@@ -29,8 +30,8 @@ const IDENTITY_HEADERS: &[&str] = &["x-forwarded-client-cert"];
 #[derive(Default)]
 struct Application {
     h1: Option<H1Upstream<Stream>>,
-    h2: Option<(::h2::client::SendRequest<Bytes>, Rc<H2State>)>,
-    dialing: Option<Rc<Notify>>,
+    h2: Option<H2Made>,
+    dialing: Option<Rc<Dial>>,
 }
 
 /// The requests of one connection to a pod.
@@ -45,7 +46,10 @@ impl InboundExchange {
     /// For a connection; `application` is a connection to the application that is there already.
     pub fn new(ctx: Inbound, application: Option<H1Upstream<Stream>>) -> Self {
         let life = ctx.pod.watch();
-        let edits = Rc::new(HeaderEdits { strip: IDENTITY_HEADERS, add: client_certificate(&ctx) });
+        let edits = Rc::new(HeaderEdits {
+            strip: IDENTITY_HEADERS,
+            add: client_certificate(ctx.destination.identity.as_ref(), ctx.identity.as_ref()),
+        });
         let application = Application { h1: application, ..Application::default() };
         Self { ctx: Rc::new(ctx), application: Rc::new(RefCell::new(application)), life, edits }
     }
@@ -53,8 +57,8 @@ impl InboundExchange {
 
 /// `X-Forwarded-Client-Cert` with the two identities, in Envoy's form (config.core.v3 "x-forwarded-client-cert"), so that
 /// applications that read it behind a sidecar go on doing so.
-fn client_certificate(ctx: &Inbound) -> Vec<(HeaderName, HeaderValue)> {
-    let (Some(by), Some(uri)) = (&ctx.destination.identity, &ctx.identity) else { return Vec::new() };
+pub fn client_certificate(by: Option<&SpiffeId>, uri: Option<&SpiffeId>) -> Vec<(HeaderName, HeaderValue)> {
+    let (Some(by), Some(uri)) = (by, uri) else { return Vec::new() };
     match HeaderValue::try_from(format!("By={by};URI={uri}")) {
         Ok(value) => vec![(HeaderName::from_static("x-forwarded-client-cert"), value)],
         Err(_) => Vec::new(),
@@ -68,6 +72,9 @@ impl Exchange for InboundExchange {
         let permit = self.ctx.pod.budget.request().map_err(|e| {
             LocalReply::new(429, grpc_code::RESOURCE_EXHAUSTED, Reason::OverBudget, e.to_string())
         })?;
+        self.ctx
+            .admit()
+            .map_err(|reason| LocalReply::new(403, grpc_code::PERMISSION_DENIED, reason, reason.text()))?;
         Ok(InboundCall {
             ctx: Rc::clone(&self.ctx),
             application: Rc::clone(&self.application),
@@ -172,27 +179,39 @@ impl Call for InboundCall {
             let waiting = {
                 let mut application = self.application.borrow_mut();
                 match &application.h2 {
-                    Some((send, state)) if state.is_alive() => return Ok(send.clone()),
+                    Some((send, state)) if takes_streams(send, state) => return Ok(send.clone()),
                     _ => application.h2 = None,
                 }
                 match &application.dialing {
                     Some(dialing) => Some(Rc::clone(dialing)),
                     None => {
-                        application.dialing = Some(Rc::new(Notify::new()));
+                        application.dialing = Some(Rc::default());
                         None
                     }
                 }
             };
             match waiting {
-                Some(dialed) => dialed.notified().await,
+                Some(dial) => {
+                    if let Some(reply) = dial.wait().await {
+                        return Err(UpstreamFailure::Connect(reply));
+                    }
+                }
                 None => break,
             }
         }
-        let _guard = DialGuard(&self.application);
+        let mut guard = DialGuard { application: &self.application, failed: None };
         let kept = self.application.borrow_mut().h1.take();
         let upstream = match kept {
             Some(upstream) => upstream,
-            None => self.dial().await?,
+            None => match self.dial().await {
+                Ok(upstream) => upstream,
+                Err(failure) => {
+                    if let UpstreamFailure::Connect(reply) = &failure {
+                        guard.failed = Some(reply.clone());
+                    }
+                    return Err(failure);
+                }
+            },
         };
         let (send, state) = multiplex(upstream, &self.ctx.thread.shared.limits).await.map_err(|e| {
             let message = format!("HTTP/2 with the application failed: {e}");
@@ -200,6 +219,10 @@ impl Call for InboundCall {
         })?;
         self.application.borrow_mut().h2 = Some((send.clone(), state));
         Ok(send)
+    }
+
+    fn upstream_is_mesh(&self) -> bool {
+        false
     }
 
     /// Time limits are the source's affair, which knows the route.
@@ -283,12 +306,15 @@ impl Drop for InboundCall {
 }
 
 /// Wakes those who wait for the connection to the application, however the attempt ended.
-struct DialGuard<'a>(&'a RefCell<Application>);
+struct DialGuard<'a> {
+    application: &'a RefCell<Application>,
+    failed: Option<LocalReply>,
+}
 
 impl Drop for DialGuard<'_> {
     fn drop(&mut self) {
-        if let Some(dialing) = self.0.borrow_mut().dialing.take() {
-            dialing.notify_waiters();
+        if let Some(dialing) = self.application.borrow_mut().dialing.take() {
+            dialing.end(self.failed.take());
         }
     }
 }

@@ -11,6 +11,7 @@ use mesh_api::model::AppProtocol;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::app;
 use super::balance::Health;
 use super::dial::{self, Way};
 use super::http::{
@@ -21,7 +22,7 @@ use super::io::Stream;
 use super::mesh::store::Snapshot;
 use super::outbound::{Chosen, Outbound, Target, log_failed_dial};
 use super::pods::{Life, drained};
-use super::pool::{H2Checkout, H2Slot, H2State, Key, multiplex};
+use super::pool::{H2Checkout, H2Made, H2Slot, Key, multiplex};
 use super::reason::{Reason, Reasons};
 use super::report::{LoggedHead, RequestReport};
 use super::resilience::pod::Held;
@@ -50,7 +51,10 @@ pub struct OutboundExchange {
     first: RefCell<Option<First>>,
     life: watch::Receiver<Life>,
     budget: RefCell<Option<(Arc<str>, Arc<RetryBudget>)>>,
+    /// For destinations on other nodes, which say themselves who calls.
     edits: Rc<HeaderEdits>,
+    /// For the destination of this node that was called last, by its UID.
+    same_node_edits: RefCell<Option<(Arc<str>, Rc<HeaderEdits>)>>,
 }
 
 impl OutboundExchange {
@@ -58,7 +62,31 @@ impl OutboundExchange {
     pub fn new(ctx: Outbound, first: Option<First>) -> Self {
         let life = ctx.pod.watch();
         let edits = Rc::new(HeaderEdits { strip: IDENTITY_HEADERS, add: Vec::new() });
-        Self { ctx: Rc::new(ctx), first: RefCell::new(first), life, budget: RefCell::default(), edits }
+        Self {
+            ctx: Rc::new(ctx),
+            first: RefCell::new(first),
+            life,
+            budget: RefCell::default(),
+            edits,
+            same_node_edits: RefCell::default(),
+        }
+    }
+
+    /// Changes to a request that goes by `way`. On this node there is no second proxy to say who calls.
+    fn edits_for(&self, way: Option<&Way>) -> Rc<HeaderEdits> {
+        let Some(Way::SameNode(_, workload)) = way else { return Rc::clone(&self.edits) };
+        let uid = &workload.workload.uid;
+        let mut cached = self.same_node_edits.borrow_mut();
+        match &*cached {
+            Some((known, edits)) if known == uid => Rc::clone(edits),
+            _ => {
+                let by = workload.identity.as_ref();
+                let add = app::client_certificate(by, self.ctx.source.identity.as_ref());
+                let edits = Rc::new(HeaderEdits { strip: IDENTITY_HEADERS, add });
+                *cached = Some((Arc::clone(uid), Rc::clone(&edits)));
+                edits
+            }
+        }
     }
 
     fn mesh(&self) -> Result<Snapshot, LocalReply> {
@@ -108,6 +136,11 @@ impl Exchange for OutboundExchange {
         })?;
         let started = Instant::now();
         let limit = shared.settings.timeouts.request;
+        let first = self.first.borrow_mut().take();
+        // Chosen here because the request's head depends on it. A retry that goes another way sends the same head: on
+        // another node the field is replaced.
+        let next = if first.is_none() { ctx.choose(&target, &[]) } else { None };
+        let edits = self.edits_for(first.as_ref().map(|f| &f.chosen).or(next.as_ref()).map(|c| &c.way));
         let attempts =
             Attempts::begin(&shared.retry_policy, &self.retry_budget(&target), request.idempotent());
         Ok(OutboundCall {
@@ -117,7 +150,8 @@ impl Exchange for OutboundExchange {
             attempts,
             pause: None,
             retrying: None,
-            first: self.first.borrow_mut().take(),
+            first,
+            next,
             tried: Vec::new(),
             current: None,
             key: None,
@@ -125,7 +159,7 @@ impl Exchange for OutboundExchange {
             born: Cell::new(started),
             grpc: request.grpc,
             log: shared.logged_head(request),
-            edits: Rc::clone(&self.edits),
+            edits,
             reasons: Reasons::NONE,
             finished: false,
             ctx,
@@ -192,6 +226,7 @@ pub struct OutboundCall {
     pause: Option<Duration>,
     retrying: Option<Cause>,
     first: Option<First>,
+    next: Option<Chosen>,
     tried: Vec<SocketAddr>,
     current: Option<Chosen>,
     key: Option<Key>,
@@ -215,7 +250,8 @@ impl OutboundCall {
             self.key = Some(self.key_of(&first.chosen));
             return Ok(Some(first));
         }
-        let Some(chosen) = self.ctx.choose(&self.target, &self.tried) else {
+        let chosen = self.next.take().or_else(|| self.ctx.choose(&self.target, &self.tried));
+        let Some(chosen) = chosen else {
             let name =
                 self.target.service().map_or_else(|| self.ctx.asked.to_string(), |(s, _)| s.key.to_string());
             let message = format!("no ready endpoint for {name}");
@@ -240,6 +276,7 @@ impl OutboundCall {
             source: Arc::clone(&self.ctx.pod.uid),
             destination: chosen.address,
             workload: chosen.way.workload().map(|w| Arc::clone(&w.workload.uid)),
+            way: chosen.way.kind(),
             service: self.target.service().map(|(service, _)| Arc::clone(&service.key)),
         }
     }
@@ -261,7 +298,7 @@ impl OutboundCall {
                 log_failed_dial(&self.ctx, &e);
                 let reply = e.reply();
                 self.tried.push(chosen.address);
-                if let Some(picked) = chosen.picked.take() {
+                if let Some(picked) = chosen.picked.take().filter(|_| e.is_endpoints()) {
                     picked.connect_failed();
                 }
                 Err(connect_failure(reply))
@@ -313,7 +350,11 @@ impl Call for OutboundCall {
     }
 
     async fn h1(&mut self) -> Result<H1Upstream<Stream>, UpstreamFailure> {
-        if let Some(First { chosen, upstream, born }) = self.next_endpoint().await? {
+        if let Some(First { mut chosen, upstream, born }) = self.next_endpoint().await? {
+            // What is timed is the request, not how long the client took to begin it.
+            if let Some(picked) = &mut chosen.picked {
+                picked.connected();
+            }
             self.current = Some(chosen);
             self.born.set(born);
             return Ok(upstream);
@@ -340,7 +381,10 @@ impl Call for OutboundCall {
 
     async fn h2(&mut self) -> Result<::h2::client::SendRequest<Bytes>, UpstreamFailure> {
         let first = match self.next_endpoint().await? {
-            Some(First { chosen, upstream, .. }) => {
+            Some(First { mut chosen, upstream, .. }) => {
+                if let Some(picked) = &mut chosen.picked {
+                    picked.connected();
+                }
                 self.current = Some(chosen);
                 Some(upstream)
             }
@@ -364,12 +408,20 @@ impl Call for OutboundCall {
                         }
                         return Ok(send);
                     }
-                    H2Checkout::Wait(dialed) => dialed.notified().await,
+                    H2Checkout::Wait(dial) => {
+                        if let Some(reply) = dial.wait().await {
+                            return Err(connect_failure(reply));
+                        }
+                    }
                     H2Checkout::Dial => break,
                 }
             }
-            dialing = Some(DialGuard { thread: &thread, key: &key, made: None });
-            self.dial(AppProtocol::Http2).await?
+            let guard = dialing.insert(DialGuard { thread: &thread, key: &key, made: Err(None) });
+            let dialed = self.dial(AppProtocol::Http2).await;
+            if let Err(UpstreamFailure::Connect(reply)) = &dialed {
+                guard.made = Err(Some(reply.clone()));
+            }
+            dialed?
         };
         let made = multiplex(upstream, &thread.shared.limits).await.map_err(|e| {
             let message = format!("HTTP/2 with {} failed: {e}", key.destination);
@@ -378,8 +430,8 @@ impl Call for OutboundCall {
         let send = made.0.clone();
         self.slot = Some(H2Slot::take(&made.1));
         match dialing {
-            Some(mut guard) => guard.made = Some(made),
-            None => thread.pools.h2_dialed(&key, Some(made)),
+            Some(mut guard) => guard.made = Ok(made),
+            None => thread.pools.h2_dialed(&key, Ok(made)),
         }
         Ok(send)
     }
@@ -394,6 +446,10 @@ impl Call for OutboundCall {
 
     fn deadline(&self) -> Option<Instant> {
         self.deadline
+    }
+
+    fn upstream_is_mesh(&self) -> bool {
+        self.current.as_ref().is_some_and(|c| matches!(c.way, Way::Native(_) | Way::Hbone(_)))
     }
 
     fn on_failure(&mut self, failure: UpstreamFailure, replay: Replay) -> Verdict {
@@ -491,11 +547,11 @@ impl Drop for OutboundCall {
 struct DialGuard<'a> {
     thread: &'a Rc<Thread>,
     key: &'a Key,
-    made: Option<(::h2::client::SendRequest<Bytes>, Rc<H2State>)>,
+    made: Result<H2Made, Option<LocalReply>>,
 }
 
 impl Drop for DialGuard<'_> {
     fn drop(&mut self) {
-        self.thread.pools.h2_dialed(self.key, self.made.take());
+        self.thread.pools.h2_dialed(self.key, std::mem::replace(&mut self.made, Err(None)));
     }
 }

@@ -15,6 +15,7 @@ use mesh_api::model::Resource;
 use redirect_bpf::FlowMaps;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::timeout;
 
 use super::mesh::store::ResourceName;
 use super::pods::LocalPod;
@@ -27,6 +28,7 @@ use crate::ipc::proto::{
     to_agent, to_worker,
 };
 use crate::ipc::stream::{FrameReader, FrameWriter, split};
+use crate::tls::TrustState;
 
 /// The worker's side of its control connection.
 pub struct Control {
@@ -52,17 +54,24 @@ pub async fn accept(listener: &UnixListener) -> io::Result<(FrameReader, FrameWr
     }
 }
 
+/// An agent says Hello as soon as it is connected.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Reads the Hello that begins every connection.
 ///
 /// # Errors
 /// When the agent says something else or nothing.
 pub async fn hello(reader: &mut FrameReader) -> anyhow::Result<proto::Hello> {
-    match reader.recv_frame::<ToWorker>().await? {
+    let first = timeout(HELLO_TIMEOUT, reader.recv_frame::<ToWorker>());
+    match first.await.context("the agent said nothing")?? {
         Some((ToWorker { message: Some(to_worker::Message::Hello(hello)) }, _)) => Ok(hello),
         Some(_) => bail!("the agent did not begin with a Hello"),
         None => bail!("the agent left before its Hello"),
     }
 }
+
+/// Longest wait for what a worker that ends still has to say.
+const CUT: Duration = Duration::from_secs(1);
 
 impl Control {
     /// For a worker with these threads.
@@ -88,12 +97,14 @@ impl Control {
                 next = accept(&listener) => {
                     let (mut next_reader, mut next_writer) = next.context("the worker's control socket failed")?;
                     match hello(&mut next_reader).await {
-                        Ok(_) => {
-                            tracing::info!("another agent took over");
-                            self.greet(&mut next_writer).await?;
-                            (reader, writer) = (next_reader, next_writer);
-                            self.ask_again();
-                        }
+                        Ok(_) => match self.greet(&mut next_writer).await {
+                            Ok(()) => {
+                                tracing::info!("another agent took over");
+                                (reader, writer) = (next_reader, next_writer);
+                                self.ask_again();
+                            }
+                            Err(e) => tracing::warn!(error = %e, "another agent left while it was greeted"),
+                        },
                         Err(e) => tracing::warn!(error = %e, "a control connection was refused"),
                     }
                     continue;
@@ -104,6 +115,8 @@ impl Control {
                 Ok(None) => tracing::info!("the agent is gone; serving on with what it left"),
                 Err(e) => tracing::warn!(error = %e, "the agent's connection failed; serving on"),
             }
+            // An agent that is still there must see that this connection is over, and make another.
+            drop((reader, writer));
             (reader, writer) = loop {
                 let (mut next_reader, mut next_writer) =
                     accept(&listener).await.context("the worker's control socket failed")?;
@@ -259,10 +272,12 @@ impl Control {
         let version = config.version.clone();
         let error = match self.apply(config) {
             Ok(()) => {
+                self.shared.metrics.config_applied.inc();
                 self.config_version.clone_from(&version);
                 String::new()
             }
             Err(e) => {
+                self.shared.metrics.config_rejected.inc();
                 tracing::error!(version, error = %e, "configuration refused; the one before stays in force");
                 e.to_string()
             }
@@ -275,16 +290,19 @@ impl Control {
         for resource in &config.upsert {
             upserts.push(Resource::decode(&resource.type_url, &resource.name, &resource.value)?);
         }
+        // Whatever can be wrong is found before anything is put in force.
+        let trust = upserts
+            .iter()
+            .find_map(|r| if let Resource::Trust(trust) = r { Some(TrustState::new(trust)) } else { None })
+            .transpose()?;
         let removals: Vec<_> =
             config.remove.iter().map(|r| ResourceName { type_url: &r.type_url, name: &r.name }).collect();
         self.shared
             .mesh
             .apply(upserts, &removals, config.full)
             .map_err(|errors| anyhow::anyhow!("{}", errors.join("; ")))?;
-        if let Ok(mesh) = self.shared.mesh.state()
-            && let Some(trust) = mesh.trust()
-        {
-            self.shared.tls.trust.set(trust)?;
+        if let Some(trust) = trust {
+            self.shared.tls.trust.put(trust);
         }
         Ok(())
     }
@@ -298,7 +316,8 @@ impl Control {
             if old.netns_cookie == added.netns_cookie {
                 return Ok(());
             }
-            self.pod_removed(&uid, Duration::ZERO);
+            // Its new sandbox takes its place; what belongs to the UID, such as the certificate, stays.
+            tokio::spawn(Arc::clone(old).drain(Duration::ZERO));
         }
         let kinds: Vec<_> = added.listeners.iter().map(Listener::kind).collect();
         let kept = fds.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>()?;
@@ -322,12 +341,21 @@ impl Control {
         let mut removed = None;
         self.update_pods(|pods| removed = pods.remove(uid));
         let Some(pod) = removed else { return };
-        self.shared.tls.svids.remove(uid);
-        for thread in &self.threads {
-            // A thread that is gone has no pooled connections either.
-            let _ = thread.commands.send(Command::Forget(Arc::clone(&pod.uid)));
-        }
-        tokio::spawn(pod.drain(drain));
+        let (shared, threads) = (Arc::clone(&self.shared), self.threads.clone());
+        let uid = Arc::clone(&pod.uid);
+        let drained = pod.drain(drain);
+        tokio::spawn(async move {
+            drained.await;
+            // Until then its requests still need handshakes; and it may be back.
+            if shared.pods.load().contains_key(&uid) {
+                return;
+            }
+            shared.tls.svids.remove(&uid);
+            for thread in &threads {
+                // A thread that is gone has no pooled connections either.
+                let _ = thread.commands.send(Command::Forget(Arc::clone(&uid)));
+            }
+        });
     }
 
     fn update_pods(&self, change: impl FnOnce(&mut HashMap<Arc<str>, Arc<LocalPod>>)) {
@@ -347,6 +375,12 @@ impl Control {
         while open() > 0 && tokio::time::Instant::now() < until {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        // What was left has been told to end; resets are worth a moment.
+        let until = tokio::time::Instant::now() + CUT;
+        while open() > 0 && tokio::time::Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.shared.metrics.access_log.flush(CUT);
         tracing::info!(left = open(), "drained");
     }
 }

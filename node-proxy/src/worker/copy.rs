@@ -262,8 +262,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_half_closed_client_still_gets_its_answer() {
-        let (mut client, mut a) = duplex(64);
-        let (mut b, mut server) = duplex(64);
+        // Room for the whole answer, which is read only after all of it was written.
+        let (mut client, mut a) = duplex(1024);
+        let (mut b, mut server) = duplex(1024);
         let copy = async {
             let mut total = Total::default();
             let early = Bytes::from_static(b"sniffed ");

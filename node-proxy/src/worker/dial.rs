@@ -15,9 +15,10 @@ use super::http::{H1Upstream, LocalReply};
 use super::io::Stream;
 use super::mesh::WorkloadEntry;
 use super::pods::LocalPod;
+use super::pool::WayKind;
+use super::read_ahead::ReadAhead;
 use super::reason::Reason;
 use super::shared::Shared;
-use super::sockets::set_stream_options;
 use super::telemetry::Side;
 use super::thread::Thread;
 use super::tunnel::HBONE_ALPN;
@@ -81,6 +82,16 @@ impl Way {
         }
     }
 
+    /// Its kind, for the pools.
+    pub fn kind(&self) -> WayKind {
+        match self {
+            Self::SameNode(pod, _) => WayKind::SameNode(pod.netns_cookie),
+            Self::Native(_) => WayKind::Native,
+            Self::Hbone(_) => WayKind::Hbone,
+            Self::Plain(_) => WayKind::Plain,
+        }
+    }
+
     /// Whether both ends are authenticated.
     pub fn is_authenticated(&self) -> bool {
         !matches!(self, Self::Plain(_))
@@ -129,6 +140,15 @@ impl DialError {
         }
     }
 
+    /// Whether it says something about the endpoint, and not about this node or the pod that the connection is for.
+    pub fn is_endpoints(&self) -> bool {
+        match self {
+            Self::Connect(..) | Self::ConnectTimeout(..) | Self::TlsTimeout(..) | Self::Tunnel(..) => true,
+            Self::Tls(_, refusal) => !matches!(refusal, Refusal::Signing(_) | Refusal::NoTrust),
+            Self::Socket(..) | Self::NoCertificate(..) | Self::OwnPort(_) => false,
+        }
+    }
+
     /// What an HTTP client is told.
     pub fn reply(&self) -> LocalReply {
         LocalReply::unavailable(self.reason(), self.to_string())
@@ -144,21 +164,23 @@ pub async fn tcp(
     shown_as: Option<SocketAddr>,
 ) -> Result<TcpStream, DialError> {
     let limit = shared.settings.timeouts.connect;
+    let socket = match timeout(limit, pod.sockets.take(destination.ip(), &shared.to_agent)).await {
+        Ok(taken) => taken.map_err(|e| DialError::Socket(destination, e))?,
+        Err(_) => return Err(DialError::Socket(destination, io::ErrorKind::TimedOut.into())),
+    };
     let connect = async {
-        let socket = pod
-            .sockets
-            .take(destination.ip(), &shared.to_agent)
-            .await
-            .map_err(|e| DialError::Socket(destination, e))?;
         if let Some(name) = shown_as {
             shared.set_peer_name(&socket, name);
         }
-        let stream = socket.connect(destination).await.map_err(|e| DialError::Connect(destination, e))?;
-        set_stream_options(&stream, &shared.settings.timeouts)
-            .map_err(|e| DialError::Connect(destination, e))?;
-        Ok(stream)
+        socket.connect(destination).await.map_err(|e| DialError::Connect(destination, e))
     };
-    timeout(limit, connect).await.unwrap_or(Err(DialError::ConnectTimeout(destination, limit)))
+    let connected =
+        timeout(limit, connect).await.unwrap_or(Err(DialError::ConnectTimeout(destination, limit)));
+    match &connected {
+        Ok(_) => shared.metrics.upstream_connects.inc(),
+        Err(_) => shared.metrics.upstream_connect_failures.inc(),
+    }
+    connected
 }
 
 /// A mutually authenticated connection from `pod` to the tunnel port of `workload`.
@@ -168,7 +190,7 @@ async fn tls(
     workload: &WorkloadEntry,
     destination: SocketAddr,
     alpn: &'static [u8],
-) -> Result<Box<TlsStream<TcpStream>>, DialError> {
+) -> Result<Box<TlsStream<ReadAhead<TcpStream>>>, DialError> {
     if destination.port() == TUNNEL_PORT {
         return Err(DialError::OwnPort(destination));
     }
@@ -182,7 +204,7 @@ async fn tls(
     let stream = tcp(shared, pod, tunnel, None).await?;
     let limit = shared.settings.timeouts.handshake;
     let begun = std::time::Instant::now();
-    let result = match timeout(limit, connector.connect(stream)).await {
+    let result = match timeout(limit, connector.connect(ReadAhead::new(stream))).await {
         Err(_) => Err(DialError::TlsTimeout(tunnel, limit)),
         Ok(Err(refusal)) => Err(DialError::Tls(tunnel, refusal)),
         Ok(Ok(stream)) => Ok(Box::new(TlsStream::Client(stream))),
@@ -232,7 +254,14 @@ pub async fn connect(
             header.encode(&mut preface);
             Stream::Tls(tls(shared, source, workload, destination, ALPN).await?)
         }
-        Way::Hbone(workload) => Stream::Hbone(Box::new(hbone(thread, source, workload, purpose).await?)),
+        Way::Hbone(workload) => {
+            let timeouts = &shared.settings.timeouts;
+            let limit = timeouts.connect + timeouts.handshake;
+            let stream = timeout(limit, hbone(thread, source, workload, purpose));
+            Stream::Hbone(Box::new(
+                stream.await.unwrap_or(Err(DialError::ConnectTimeout(destination, limit)))?,
+            ))
+        }
     };
     Ok(H1Upstream { stream, read_buf: BytesMut::new(), preface, reused: false })
 }
@@ -251,7 +280,8 @@ async fn hbone(
         || ConnectRequest { forwarded_for: Some(purpose.client), ..ConnectRequest::to(destination) };
     if let Some(connection) = thread.pools.take_hbone(&source.uid, &workload.workload.uid) {
         match connection.open(request()).await {
-            Err(HboneError::Connection { refused: true, .. }) => {}
+            // It is full, or it ended while it was idle; a fresh one tells whether the peer can be reached.
+            Err(HboneError::Connection { .. }) => {}
             opened => return opened.map_err(refused),
         }
     }

@@ -25,12 +25,13 @@ use super::http::{H1Upstream, h1, h2};
 use super::io::{Prefixed, Stream, Transport};
 use super::mesh::WorkloadEntry;
 use super::mesh::service::ServiceState;
-use super::outbound::{server_spoke, sniff_client};
+use super::outbound::{LAST_WORDS, server_spoke, sniff_client};
 use super::pods::{self, LocalPod};
 use super::policy::{self, Asker};
+use super::read_ahead::ReadAhead;
 use super::reason::Reason;
 use super::relay::{self, Relay};
-use super::sockets::{canonical, set_stream_options};
+use super::sockets::canonical;
 use super::telemetry::{Direction, Side};
 use super::thread::Thread;
 use super::tunnel::HBONE_ALPN;
@@ -48,6 +49,8 @@ pub struct Inbound {
     pub destination: Arc<WorkloadEntry>,
     /// Identity that the peer proved.
     pub identity: Option<SpiffeId>,
+    /// The peer is a process in the node's own network namespace.
+    pub from_node: bool,
     /// The pod at the other end, where it is known.
     pub source: Option<Arc<WorkloadEntry>>,
     /// Whom the application sees as its peer.
@@ -61,6 +64,21 @@ pub struct Inbound {
 }
 
 impl Inbound {
+    /// Whether the connection would still be allowed: policy may have changed since it was made.
+    ///
+    /// # Errors
+    /// The reason of the refusal.
+    pub fn admit(&self) -> Result<(), Reason> {
+        let mesh = self.thread.shared.mesh.state().map_err(|_| Reason::Unsynced)?;
+        let now = mesh.by_uid(&self.pod.uid).ok_or(Reason::Unsynced)?;
+        let asker = match &self.identity {
+            Some(identity) => Asker::Identity(identity),
+            None if self.from_node => Asker::Node,
+            None => Asker::Unknown,
+        };
+        policy::admit(&now.workload, self.local.port(), asker)
+    }
+
     /// A connection to the application.
     pub async fn connect(&self) -> Result<H1Upstream<Stream>, DialError> {
         let stream = dial::tcp(&self.thread.shared, &self.pod, self.local, Some(self.client)).await?;
@@ -82,7 +100,6 @@ struct Peer {
 /// Serves one connection that reached the pod.
 pub async fn serve(thread: &Rc<Thread>, pod: &Arc<LocalPod>, stream: TcpStream, peer: SocketAddr) {
     let shared = &thread.shared;
-    let _ = set_stream_options(&stream, &shared.settings.timeouts);
     let Ok(_permit) = pod.budget.connection() else {
         return refuse(
             thread,
@@ -167,6 +184,7 @@ async fn plain(
         pod: Arc::clone(pod),
         destination,
         identity: None,
+        from_node,
         source,
         client: peer,
         local,
@@ -197,7 +215,7 @@ async fn tunnel(
         }
     };
     let begun = std::time::Instant::now();
-    let accepted = timeout(shared.settings.timeouts.handshake, acceptor.accept(stream)).await;
+    let accepted = timeout(shared.settings.timeouts.handshake, acceptor.accept(ReadAhead::new(stream))).await;
     drop(permit);
     let (stream, proven) = match accepted {
         Ok(Ok(done)) => done,
@@ -353,8 +371,11 @@ impl Tunnel {
         service: Option<&str>,
         protocol: AppProtocol,
     ) -> Result<Inbound, (Reason, &'static str)> {
-        if destination.ip() != self.local.ip() {
-            return Err((Reason::NoRoute, "the tunnel leads to another address than the one it was made to"));
+        // One HBONE connection serves all addresses of the pod, whichever of them it was made to.
+        if destination.ip() != self.local.ip()
+            && !self.destination.workload.addresses.contains(&destination.ip())
+        {
+            return Err((Reason::NoRoute, "the tunnel leads to an address that is not the pod's"));
         }
         if destination.port() == TUNNEL_PORT {
             return Err((Reason::NoRoute, "the tunnel leads to the tunnel port"));
@@ -379,6 +400,7 @@ impl Tunnel {
             pod: Arc::clone(&self.pod),
             destination: Arc::clone(&self.destination),
             identity: Some(self.peer.identity.clone()),
+            from_node: false,
             source: self.peer.workload.clone(),
             client: SocketAddr::new(self.address.ip(), client_port),
             local: destination,
@@ -450,8 +472,8 @@ async fn detect(
             Err(e) => {
                 tracing::info!(pod = %ctx.pod.uid, error = %e, "application not reached");
                 // An HTTP client can be told why.
-                return match timeout(settings.timeout, sniff_client(stream, read, settings)).await {
-                    Ok(protocol @ (AppProtocol::Http1 | AppProtocol::Http2)) => Ok(protocol),
+                return match timeout(LAST_WORDS, sniff_client(stream, read, settings)).await {
+                    Ok(Ok(protocol @ (AppProtocol::Http1 | AppProtocol::Http2))) => Ok(protocol),
                     _ => Err(e.reason()),
                 };
             }
@@ -460,7 +482,7 @@ async fn detect(
     let Some(upstream) = application.as_mut() else { return Err(Reason::UpstreamConnectFailure) };
     let mut sniff = pin!(sniff_client(stream, read, settings));
     poll_fn(|cx| match sniff.as_mut().poll(cx) {
-        Poll::Ready(protocol) => Poll::Ready(Ok(protocol)),
+        Poll::Ready(protocol) => Poll::Ready(protocol),
         Poll::Pending => server_spoke(upstream, cx),
     })
     .await

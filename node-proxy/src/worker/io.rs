@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
+use super::read_ahead::ReadAhead;
 use super::tunnel::hbone::HboneStream;
 
 /// A byte stream whose end can be told apart: a clean end of one direction is `poll_read` giving 0 bytes or
@@ -36,7 +37,7 @@ pub enum Stream {
     /// TCP: an application on this node, or a plain peer.
     Plain(TcpStream),
     /// A native tunnel.
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<ReadAhead<TcpStream>>>),
     /// One stream of an HBONE tunnel.
     Hbone(Box<HboneStream>),
 }
@@ -46,7 +47,7 @@ impl Stream {
     pub fn peer_addr(&self) -> Option<SocketAddr> {
         match self {
             Self::Plain(s) => s.peer_addr().ok(),
-            Self::Tls(s) => s.get_ref().0.peer_addr().ok(),
+            Self::Tls(s) => s.get_ref().0.get_ref().peer_addr().ok(),
             Self::Hbone(_) => None,
         }
     }

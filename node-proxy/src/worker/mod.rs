@@ -23,6 +23,7 @@ pub mod outbound;
 pub mod pods;
 pub mod policy;
 pub mod pool;
+pub mod read_ahead;
 pub mod reason;
 pub mod relay;
 pub mod report;

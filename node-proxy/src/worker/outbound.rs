@@ -4,12 +4,13 @@
 //! the protocol's own loop, which asks [`super::call`] for endpoints.
 
 use std::future::poll_fn;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use mesh_api::model::AppProtocol;
@@ -28,7 +29,7 @@ use super::pods::{self, LocalPod};
 use super::policy::{self, Asker};
 use super::reason::Reason;
 use super::relay::{self, Relay};
-use super::sockets::{canonical, set_stream_options};
+use super::sockets::canonical;
 use super::telemetry::Direction;
 use super::thread::Thread;
 use super::{balance, detect};
@@ -106,15 +107,31 @@ impl Outbound {
         let shared = &self.thread.shared;
         match target {
             Target::Service(service, port) => {
-                let balancer = &service.ports[*port].balancer;
-                // Another try at the only endpoint beats giving up.
-                let picked = balancer.pick(tried).or_else(|| balancer.pick(&[]))?;
-                let endpoint = picked.endpoint();
-                let address = endpoint.address;
-                let mesh = shared.mesh.state().ok()?;
-                let workload = endpoint.workload.as_deref().and_then(|uid| mesh.by_uid(uid));
-                let way = Way::choose(shared, &self.source, address, workload);
-                Some(Chosen { picked: Some(picked), address, way })
+                let balancer = service.ports[*port].balancer(self.asked.ip());
+                let mut unknown = Vec::new();
+                loop {
+                    // Another try at the only endpoint beats giving up.
+                    let picked = balancer
+                        .pick(if unknown.is_empty() { tried } else { &unknown })
+                        .or_else(|| balancer.pick(&unknown).filter(|_| unknown.is_empty()))?;
+                    let address = picked.endpoint().address;
+                    let mesh = shared.mesh.state().ok()?;
+                    let workload = match &picked.endpoint().workload {
+                        // Listed as a pod of the mesh that this node has not heard of yet: whether it takes plain
+                        // connections is not known, so it gets none.
+                        Some(uid) => match mesh.by_uid(uid) {
+                            Some(workload) => Some(workload),
+                            None => {
+                                unknown.extend_from_slice(tried);
+                                unknown.push(address);
+                                continue;
+                            }
+                        },
+                        None => mesh.by_address(address.ip()),
+                    };
+                    let way = Way::choose(shared, &self.source, address, workload);
+                    return Some(Chosen { picked: Some(picked), address, way });
+                }
             }
             Target::Address(workload, _) => {
                 let way = Way::choose(shared, &self.source, self.asked, workload.clone());
@@ -143,7 +160,6 @@ impl Outbound {
 /// Serves one connection that the pod made.
 pub async fn serve(thread: &Rc<Thread>, pod: &Arc<LocalPod>, mut stream: TcpStream, client: SocketAddr) {
     let shared = &thread.shared;
-    let _ = set_stream_options(&stream, &shared.settings.timeouts);
     let refuse = |mut stream: TcpStream, reason: Reason, what: &str| {
         shared.metrics.refused(Direction::Outbound, reason);
         tracing::info!(pod = %pod.uid, %client, reason = reason.flag(), what, "outbound connection refused");
@@ -173,6 +189,7 @@ pub async fn serve(thread: &Rc<Thread>, pod: &Arc<LocalPod>, mut stream: TcpStre
         }
         Err(_) => return refuse(stream, Reason::Unsynced, "the node has no configuration yet"),
     };
+    let client = known_as(client, asked, &source.workload.addresses);
     let protocol = target.declared();
     let mut ctx =
         Outbound { thread: Rc::clone(thread), pod: Arc::clone(pod), source, client, asked, protocol };
@@ -205,6 +222,17 @@ pub async fn serve(thread: &Rc<Thread>, pod: &Arc<LocalPod>, mut stream: TcpStre
         // What is left when the pod's drain ends is dropped here: streams with unread bytes are reset by the kernel.
         () = pods::closed(&mut life) => {}
     }
+}
+
+/// The client's address as the world knows it. A connection that was brought to a listener on loopback leaves from loopback
+/// unless the application chose its source.
+fn known_as(client: SocketAddr, asked: SocketAddr, own: &[IpAddr]) -> SocketAddr {
+    let client = canonical(client);
+    if !client.ip().is_loopback() {
+        return client;
+    }
+    let own = own.iter().find(|ip| ip.is_ipv4() == asked.is_ipv4());
+    own.map_or(client, |ip| SocketAddr::new(*ip, client.port()))
 }
 
 async fn http1(ctx: Outbound, client: TcpStream, read: BytesMut, first: Option<First>) {
@@ -245,7 +273,7 @@ async fn dial_any(ctx: &Outbound, target: &Target) -> Result<First, (Option<Way>
             }
             Err(e) => {
                 log_failed_dial(ctx, &e);
-                if let Some(picked) = chosen.picked {
+                if let Some(picked) = chosen.picked.filter(|_| e.is_endpoints()) {
                     picked.connect_failed();
                 }
                 tried.push(chosen.address);
@@ -290,8 +318,9 @@ struct Detected {
 }
 
 /// Who was first: the client with bytes that tell what they are, or the endpoint.
+#[expect(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
 enum Raced {
-    Client(AppProtocol),
+    Client(Result<AppProtocol, Reason>),
     Endpoint(Result<First, (Option<Way>, Reason)>),
 }
 
@@ -319,6 +348,7 @@ async fn detect_and_dial(
     let is_http = |protocol| matches!(protocol, AppProtocol::Http1 | AppProtocol::Http2);
     let mut first = match raced {
         Raced::Client(protocol) => {
+            let protocol = protocol?;
             return match dial.await {
                 Ok(first) => Ok(Detected { protocol, read, first: Some(first) }),
                 Err(_) if is_http(protocol) => Ok(Detected { protocol, read, first: None }),
@@ -326,8 +356,8 @@ async fn detect_and_dial(
             };
         }
         Raced::Endpoint(Err((_, reason))) => {
-            return match timeout(settings.timeout, sniff_client(client, &mut read, settings)).await {
-                Ok(protocol) if is_http(protocol) => Ok(Detected { protocol, read, first: None }),
+            return match timeout(LAST_WORDS, sniff_client(client, &mut read, settings)).await {
+                Ok(Ok(protocol)) if is_http(protocol) => Ok(Detected { protocol, read, first: None }),
                 _ => Err(reason),
             };
         }
@@ -342,7 +372,7 @@ async fn detect_and_dial(
         let mut sniff = pin!(sniff_client(client, &mut read, settings));
         let upstream = &mut first.upstream;
         poll_fn(|cx| match sniff.as_mut().poll(cx) {
-            Poll::Ready(protocol) => Poll::Ready(Ok(protocol)),
+            Poll::Ready(protocol) => Poll::Ready(protocol),
             Poll::Pending => server_spoke(upstream, cx),
         })
         .await?
@@ -368,22 +398,30 @@ pub fn server_spoke<S: Transport>(
     }
 }
 
-/// Reads from a client until its bytes tell what they are. May be dropped and called again: what was read is in `read`.
+/// Room for a client's first bytes: most heads and ClientHellos fit.
+const FIRST_READ: usize = 4096;
+
+/// How long a client whose endpoint can't be reached may take to show that it speaks HTTP and can be told why. Its first
+/// bytes come over loopback; a protocol in which the server speaks first is to see the refusal without delay.
+pub const LAST_WORDS: Duration = Duration::from_millis(50);
+
+/// Reads from a client until its bytes tell what they are, or it fails. May be dropped and called again: what was read is in `read`.
 pub async fn sniff_client<S: AsyncRead + Unpin>(
     client: &mut S,
     read: &mut BytesMut,
     settings: &DetectionSettings,
-) -> AppProtocol {
+) -> Result<AppProtocol, Reason> {
     let mut deadline = None;
+    read.reserve(FIRST_READ);
     loop {
         if !read.is_empty() {
             if let Some(protocol) = detect::protocol(read) {
-                return protocol;
+                return Ok(protocol);
             }
             deadline.get_or_insert_with(|| Instant::now() + settings.timeout);
         }
         if read.len() >= settings.max_bytes {
-            return AppProtocol::Tcp;
+            return Ok(AppProtocol::Tcp);
         }
         let more = client.read_buf(read);
         let more = match deadline {
@@ -392,8 +430,10 @@ pub async fn sniff_client<S: AsyncRead + Unpin>(
         };
         match more {
             Ok(Ok(n)) if n > 0 => {}
-            // A client that ends, fails or falls silent before it told: what it said goes on as it is.
-            _ => return AppProtocol::Tcp,
+            // A client that ends or falls silent before it told: what it said goes on as it is.
+            Ok(Ok(_)) | Err(_) => return Ok(AppProtocol::Tcp),
+            // A socket tells of its reset only once, so this must be acted on here.
+            Ok(Err(_)) => return Err(Reason::DownstreamTermination),
         }
     }
 }

@@ -18,10 +18,10 @@ use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::http::{self, H1Upstream, HttpLimits};
+use super::http::{self, H1Upstream, HttpLimits, LocalReply};
 use super::io::{Prefixed, Stream};
+use super::shared::Shared;
 use super::tunnel::hbone::client::HboneConnection;
-use crate::config::WorkerSettings;
 
 /// What a pooled connection is for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -32,14 +32,46 @@ pub struct Key {
     pub destination: SocketAddr,
     /// UID of the destination pod, where it is one.
     pub workload: Option<Arc<str>>,
+    /// How it is reached: a connection made in plain must not serve a destination that has joined the mesh since.
+    pub way: WayKind,
     /// `namespace/name` of the service asked for: it travels in the tunnel header.
     pub service: Option<Arc<str>>,
 }
 
+/// The kind of way that a connection was made by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WayKind {
+    /// Straight to an application in the network namespace with this cookie.
+    SameNode(u64),
+    /// The mesh's own tunnel.
+    Native,
+    /// HBONE.
+    Hbone,
+    /// No tunnel.
+    Plain,
+}
+
 struct Idle {
+    _counted: IdleCount,
     upstream: H1Upstream<Stream>,
     since: Instant,
     born: Instant,
+}
+
+/// Counts an idle connection for as long as it is one.
+struct IdleCount(Arc<Shared>);
+
+impl IdleCount {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.metrics.pool_idle.inc();
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for IdleCount {
+    fn drop(&mut self) {
+        self.0.metrics.pool_idle.dec();
+    }
 }
 
 /// How often idle connections are looked over for ones that the peer closed or that are too old.
@@ -52,7 +84,29 @@ const MAX_AGE: Duration = Duration::from_secs(600);
 #[derive(Default)]
 struct H2Pool {
     connections: Vec<H2Connection>,
-    dialing: Option<Rc<Notify>>,
+    dialing: Option<Rc<Dial>>,
+}
+
+/// A dial that several calls wait for.
+#[derive(Default)]
+pub struct Dial {
+    ended: Notify,
+    failed: RefCell<Option<LocalReply>>,
+}
+
+impl Dial {
+    /// Waits for its end; the reply when it failed, which is every waiter's answer: dialling again for each in turn would
+    /// add their waits up.
+    pub async fn wait(&self) -> Option<LocalReply> {
+        self.ended.notified().await;
+        self.failed.borrow().clone()
+    }
+
+    /// Ends it.
+    pub fn end(&self, failed: Option<LocalReply>) {
+        *self.failed.borrow_mut() = failed;
+        self.ended.notify_waiters();
+    }
 }
 
 struct H2Connection {
@@ -73,6 +127,13 @@ impl H2State {
     pub fn is_alive(&self) -> bool {
         !self.ended.get()
     }
+}
+
+/// Whether a connection takes another stream: one that its peer wants to leave (GOAWAY) lives on for its open streams,
+/// but refuses every new one.
+pub fn takes_streams(send: &h2::client::SendRequest<Bytes>, state: &H2State) -> bool {
+    let mut cx = Context::from_waker(Waker::noop());
+    state.is_alive() && !matches!(send.clone().poll_ready(&mut cx), Poll::Ready(Err(_)))
 }
 
 /// A call on a multiplexed connection; counts until dropped.
@@ -100,22 +161,31 @@ pub enum H2Checkout {
     /// Make one, and tell [`Pools::h2_dialed`] how it went.
     Dial,
     /// Someone else is making one: ask again after this.
-    Wait(Rc<Notify>),
+    Wait(Rc<Dial>),
 }
+
+/// A multiplexed connection and what is known of it.
+pub type H2Made = (h2::client::SendRequest<Bytes>, Rc<H2State>);
+
+/// UIDs of source and destination.
+type PodPair = (Arc<str>, Arc<str>);
 
 /// The pools of one thread.
 pub struct Pools {
     h1: RefCell<HashMap<Key, Vec<Idle>>>,
     h2: RefCell<HashMap<Key, H2Pool>>,
-    hbone: RefCell<HashMap<(Arc<str>, Arc<str>), Rc<HboneConnection>>>,
+    hbone: RefCell<HashMap<PodPair, Rc<HboneConnection>>>,
+    shared: Arc<Shared>,
     idle: Duration,
     per_endpoint: usize,
 }
 
 impl Pools {
     /// Empty pools.
-    pub fn new(settings: &WorkerSettings) -> Self {
+    pub fn new(shared: &Arc<Shared>) -> Self {
+        let settings = &shared.settings;
         Self {
+            shared: Arc::clone(shared),
             h1: RefCell::default(),
             h2: RefCell::default(),
             hbone: RefCell::default(),
@@ -135,6 +205,7 @@ impl Pools {
             {
                 return Some((entry.upstream, entry.born));
             }
+            self.shared.metrics.pool_evictions.inc();
         }
         None
     }
@@ -147,7 +218,10 @@ impl Pools {
         let mut pool = self.h1.borrow_mut();
         let idle = pool.entry(key).or_default();
         if idle.len() < self.per_endpoint {
-            idle.push(Idle { upstream, since: Instant::now(), born });
+            let _counted = IdleCount::new(&self.shared);
+            idle.push(Idle { _counted, upstream, since: Instant::now(), born });
+        } else {
+            self.shared.metrics.pool_evictions.inc();
         }
     }
 
@@ -155,26 +229,30 @@ impl Pools {
     pub fn take_h2(&self, key: &Key) -> H2Checkout {
         let mut pools = self.h2.borrow_mut();
         let slot = pools.entry(key.clone()).or_default();
-        slot.connections.retain(|c| c.state.is_alive());
+        slot.connections.retain(|c| takes_streams(&c.send, &c.state));
         if let Some(c) = slot.connections.iter().find(|c| c.born.elapsed() < MAX_AGE && c.has_room()) {
             return H2Checkout::Ready(c.send.clone(), H2Slot::take(&c.state));
         }
         if let Some(dialing) = &slot.dialing {
             return H2Checkout::Wait(Rc::clone(dialing));
         }
-        slot.dialing = Some(Rc::new(Notify::new()));
+        slot.dialing = Some(Rc::default());
         H2Checkout::Dial
     }
 
     /// Ends a dial that [`Self::take_h2`] asked for.
-    pub fn h2_dialed(&self, key: &Key, made: Option<(h2::client::SendRequest<Bytes>, Rc<H2State>)>) {
+    pub fn h2_dialed(&self, key: &Key, made: Result<H2Made, Option<LocalReply>>) {
         let mut pools = self.h2.borrow_mut();
         let slot = pools.entry(key.clone()).or_default();
-        if let Some((send, state)) = made {
-            slot.connections.push(H2Connection { send, born: Instant::now(), state });
-        }
+        let failed = match made {
+            Ok((send, state)) => {
+                slot.connections.push(H2Connection { send, born: Instant::now(), state });
+                None
+            }
+            Err(reply) => reply,
+        };
         if let Some(dialing) = slot.dialing.take() {
-            dialing.notify_waiters();
+            dialing.end(failed);
         }
     }
 
@@ -216,9 +294,11 @@ impl Pools {
         loop {
             tokio::time::sleep(SWEEP).await;
             self.h1.borrow_mut().retain(|_, idle| {
+                let before = idle.len();
                 idle.retain_mut(|e| {
                     e.born.elapsed() < MAX_AGE && e.since.elapsed() < self.idle && is_quiet(&mut e.upstream)
                 });
+                self.shared.metrics.pool_evictions.add((before - idle.len()) as u64);
                 !idle.is_empty()
             });
             self.h2.borrow_mut().retain(|_, slot| {

@@ -72,7 +72,7 @@ impl Relay {
         self.run(&ctx.thread, &[app::pair(ctx)], ctx.local).await;
     }
 
-    async fn run(mut self, thread: &Thread, pairs: &[Pair<'_>], upstream: SocketAddr) {
+    async fn run(self, thread: &Thread, pairs: &[Pair<'_>], upstream: SocketAddr) {
         let started = Instant::now();
         let series: Vec<_> = pairs.iter().map(|pair| thread.series.tcp(pair)).collect();
         series.iter().for_each(|s| s.opened());
@@ -82,18 +82,21 @@ impl Relay {
             upstream,
             started,
             reasons: Reason::Draining.into(),
+            streams: (self.client, self.upstream),
+            finished: false,
             counted: Counted { series, header: self.header_bytes as u64, received: 0, sent: 0 },
         };
         let idle = thread.shared.settings.timeouts.tcp_idle;
         let end = copy::bidirectional(
-            &mut self.client,
-            &mut self.upstream,
+            &mut ending.streams.0,
+            &mut ending.streams.1,
             self.to_upstream,
             self.to_client,
             (!idle.is_zero()).then_some(idle),
             &mut ending.counted,
         )
         .await;
+        ending.finished = true;
         ending.reasons = match end {
             Ok(()) => Reasons::NONE,
             Err(CopyError::Idle) => Reason::StreamIdleTimeout.into(),
@@ -110,11 +113,18 @@ struct Ending<'a> {
     upstream: SocketAddr,
     started: Instant,
     reasons: Reasons,
+    streams: (Stream, Stream),
+    finished: bool,
     counted: Counted,
 }
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
+        if !self.finished {
+            // Cut in the middle: neither side may take it for the end.
+            self.streams.0.abort();
+            self.streams.1.abort();
+        }
         self.counted.series.iter().for_each(|s| s.closed(self.reasons));
         ConnectionReport {
             pair: self.pair,

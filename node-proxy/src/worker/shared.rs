@@ -148,7 +148,7 @@ fn http_limits(settings: &WorkerSettings) -> HttpLimits {
         keepalive_idle: off_if_zero(settings.timeouts.http_idle).unwrap_or(NEVER),
         stream_idle: off_if_zero(settings.timeouts.stream_idle),
         replay_cap: settings.retries.replay_bytes,
-        read_buffer: settings.limits.relay_buffer,
+        read_buffer: settings.limits.read_buffer,
         h2_max_streams: settings.limits.h2_streams,
         h2_stream_window: settings.limits.h2_stream_window,
         h2_connection_window: settings.limits.h2_connection_window,

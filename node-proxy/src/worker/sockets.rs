@@ -144,25 +144,6 @@ impl SocketPool {
     }
 }
 
-/// Options that every connection of the data path has: no delay for small writes, and the kernel's help in noticing
-/// peers that vanished without a word.
-pub fn set_stream_options(
-    stream: &tokio::net::TcpStream,
-    timeouts: &crate::config::TimeoutSettings,
-) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let socket = socket2::SockRef::from(stream);
-    if !timeouts.unacknowledged.is_zero() {
-        socket.set_tcp_user_timeout(Some(timeouts.unacknowledged))?;
-    }
-    if !timeouts.keepalive.is_zero() {
-        let keepalive =
-            socket2::TcpKeepalive::new().with_time(timeouts.keepalive).with_interval(timeouts.keepalive / 4);
-        socket.set_tcp_keepalive(&keepalive)?;
-    }
-    Ok(())
-}
-
 /// The destination with an IPv4-mapped address written as IPv4.
 pub fn canonical(addr: SocketAddr) -> SocketAddr {
     SocketAddr::new(addr.ip().to_canonical(), addr.port())

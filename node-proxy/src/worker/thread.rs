@@ -68,7 +68,7 @@ pub fn run(
     let mut builder = tokio::runtime::Builder::new_current_thread();
     let runtime: LocalRuntime = builder.enable_all().build_local(LocalOptions::default())?;
     runtime.block_on(async move {
-        let pools = Pools::new(&shared.settings);
+        let pools = Pools::new(&shared);
         let series = SeriesCache::new(Arc::clone(&shared.metrics.signals));
         let thread = Rc::new(Thread { shared, pools, series, index, handles });
         let sweeper = Rc::clone(&thread);
@@ -117,7 +117,7 @@ impl Thread {
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
-                () = drained(&mut life) => return Ok(()),
+                () = drained(&mut life) => break,
             };
             match accepted {
                 Ok((stream, peer)) => self.dispatch(&pod, direction, stream, canonical(peer)),
@@ -128,6 +128,19 @@ impl Thread {
                     tracing::warn!(pod = %pod.uid, error = %e, "accept failed; trying again");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
+            }
+        }
+        // Connections that were captured before capture ended are this worker's to serve.
+        let listener = listener.into_std()?;
+        loop {
+            match listener.accept() {
+                Ok((stream, peer)) => {
+                    stream.set_nonblocking(true)?;
+                    self.dispatch(&pod, direction, TcpStream::from_std(stream)?, canonical(peer));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(e) => return Err(e),
             }
         }
     }
@@ -163,7 +176,8 @@ impl Thread {
     fn serve(self: &Rc<Self>, pod: Arc<LocalPod>, direction: Direction, stream: TcpStream, peer: SocketAddr) {
         let thread = Rc::clone(self);
         tokio::task::spawn_local(async move {
-            let _open = OpenGuard(Arc::clone(&thread.handles[thread.index].open));
+            let _open = OpenGuard { thread: &thread, direction };
+            thread.shared.metrics.connections(direction).inc();
             match direction {
                 Direction::Outbound => outbound::serve(&thread, &pod, stream, peer).await,
                 Direction::Inbound => inbound::serve(&thread, &pod, stream, peer).await,
@@ -172,10 +186,14 @@ impl Thread {
     }
 }
 
-struct OpenGuard(Arc<AtomicUsize>);
+struct OpenGuard<'a> {
+    thread: &'a Thread,
+    direction: Direction,
+}
 
-impl Drop for OpenGuard {
+impl Drop for OpenGuard<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.thread.shared.metrics.connections(self.direction).dec();
+        self.thread.handles[self.thread.index].open.fetch_sub(1, Ordering::Relaxed);
     }
 }

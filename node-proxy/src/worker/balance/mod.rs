@@ -248,23 +248,30 @@ fn scan<'a>(
     exclude: &[SocketAddr],
     now: Instant,
 ) -> Option<&'a Arc<Endpoint>> {
+    if let [only] = eligible {
+        // Backing off or not, there is no other.
+        return (!exclude.contains(&only.address)).then_some(only);
+    }
     let failing = eligible.iter().filter(|e| e.load.backing_off(now)).count();
     let panic = failing * 2 > eligible.len();
-    let open: Vec<_> = eligible.iter().filter(|e| !exclude.contains(&e.address)).collect();
-    let mut fit: Vec<_> = open.iter().copied().filter(|e| panic || !e.load.backing_off(now)).collect();
-    if fit.is_empty() {
-        // All that this request has not tried yet are backing off: better one of them than none.
-        fit = open;
-    }
-    match fit.len() {
-        0 => None,
-        1 => Some(fit[0]),
-        n => {
-            let n = u32::try_from(n).unwrap_or(u32::MAX);
-            let first = random_below(n);
-            let second = (first + 1 + random_below(n - 1)) % n;
-            Some(better(fit[first as usize], fit[second as usize], now))
+    let open = || eligible.iter().filter(|e| !exclude.contains(&e.address));
+    let fit = open().filter(|e| panic || !e.load.backing_off(now));
+    // All that this request has not tried yet may be backing off: better one of them than none.
+    sample(fit, now).or_else(|| sample(open(), now))
+}
+
+/// The better of two random ones, each as likely as any other (reservoir sampling, Vitter 1985).
+fn sample<'a>(from: impl Iterator<Item = &'a Arc<Endpoint>>, now: Instant) -> Option<&'a Arc<Endpoint>> {
+    let mut two = [None; 2];
+    for (seen, endpoint) in (0..u32::MAX).zip(from) {
+        let place = if seen < 2 { seen } else { random_below(seen + 1) };
+        if let Some(place) = two.get_mut(place as usize) {
+            *place = Some(endpoint);
         }
+    }
+    match two {
+        [Some(a), Some(b)] => Some(better(a, b, now)),
+        [a, b] => a.or(b),
     }
 }
 
@@ -335,6 +342,26 @@ mod tests {
         }
         let failing = set.all()[0].address;
         assert!((0..500).any(|_| pick(&set, &[]).unwrap().endpoint().address == failing));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_single_endpoint_is_picked_even_while_it_backs_off_but_not_twice_for_one_request() {
+        let set = set(1);
+        let only = set.all()[0].address;
+        set.all()[0].load.connect_failed(Instant::now());
+        assert_eq!(pick(&set, &[]).unwrap().endpoint().address, only);
+        assert!(pick(&set, &[only]).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_left_share_the_work_evenly_when_one_was_tried() {
+        let set = set(10);
+        let tried = [set.all()[3].address];
+        let held: Vec<_> = (0..900).map(|_| pick(&set, &tried).unwrap()).collect();
+        for e in set.all().iter().filter(|e| e.address != tried[0]) {
+            assert!((75..=125).contains(&e.load.pending()), "{} of 900 on one of nine", e.load.pending());
+        }
+        assert_eq!(held.iter().filter(|p| p.endpoint().address == tried[0]).count(), 0);
     }
 
     #[tokio::test(start_paused = true)]

@@ -142,6 +142,19 @@ pub enum UpstreamFailure {
     Protocol(&'static str),
 }
 
+impl UpstreamFailure {
+    /// What a response with this value of [`super::reason::HEADER`] stands for, if its maker says that the request reached
+    /// nobody: then it may be sent again, whatever its method.
+    #[must_use]
+    pub fn unreached(reason: &[u8]) -> Option<Self> {
+        let flag = Reason::UpstreamConnectFailure.flag().as_bytes();
+        reason.split(|b| *b == b',').any(|f| f == flag).then(|| {
+            let message = "the destination's node could not reach the application";
+            Self::Connect(LocalReply::unavailable(Reason::UpstreamConnectFailure, message))
+        })
+    }
+}
+
 /// Whether the request can be sent again in full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Replay {
@@ -239,6 +252,10 @@ pub trait Call: 'static {
     /// When the whole exchange must have ended, `None` for no limit.
     fn deadline(&self) -> Option<tokio::time::Instant>;
 
+    /// Whether what answers is another proxy of the mesh. Only then is [`super::reason::HEADER`] in a response the mesh's
+    /// word; from anything else it is taken off.
+    fn upstream_is_mesh(&self) -> bool;
+
     /// An attempt failed before a response head.
     fn on_failure(&mut self, failure: UpstreamFailure, replay: Replay) -> Verdict;
 
@@ -298,8 +315,23 @@ impl Default for HttpLimits {
             replay_cap: 64 << 10,
             read_buffer: 16 << 10,
             h2_max_streams: 100,
-            h2_stream_window: 64 << 10,
+            h2_stream_window: 256 << 10,
             h2_connection_window: 1 << 20,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_response_is_a_failed_connect_only_if_it_says_that_the_request_reached_nobody() {
+        for (reason, unreached) in
+            [("UF", true), ("UF,URX", true), ("UT", false), ("DENY", false), ("", false), ("XUF", false)]
+        {
+            let failure = UpstreamFailure::unreached(reason.as_bytes());
+            assert_eq!(matches!(failure, Some(UpstreamFailure::Connect(_))), unreached, "{reason:?}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! One service as the data path reads it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use mesh_api::model::{Service, ServicePort};
@@ -14,8 +14,21 @@ use crate::worker::balance::{Balancer, Endpoint, EndpointSet};
 pub struct PortState {
     /// Number, name, protocol.
     pub port: ServicePort,
-    /// Its endpoints; the same object for as long as the service has the port.
-    pub balancer: Arc<Balancer>,
+    /// Its endpoints of either address family; the same objects for as long as the service has the port.
+    balancers: [Arc<Balancer>; 2],
+}
+
+impl PortState {
+    /// The endpoints for a connection to `address`: those of the same family, as kube-proxy has it, since an application
+    /// that asked for IPv4 may reach one that listens on nothing else.
+    #[must_use]
+    pub fn balancer(&self, address: IpAddr) -> &Arc<Balancer> {
+        &self.balancers[usize::from(!address.to_canonical().is_ipv4())]
+    }
+
+    pub(super) fn balancers(&self) -> &[Arc<Balancer>; 2] {
+        &self.balancers
+    }
 }
 
 /// One service.
@@ -58,19 +71,19 @@ impl ServiceState {
             .iter()
             .map(|port| {
                 let before = previous.and_then(|s| s.ports.iter().find(|p| p.port.port == port.port));
-                let balancer = before.map_or_else(Arc::default, |p| p.balancer.clone());
-                sets.push((
-                    balancer.clone(),
-                    endpoints(&service, port.port, &balancer.endpoints(), settings),
-                ));
-                PortState { port: port.clone(), balancer }
+                let balancers: [Arc<Balancer>; 2] = before.map(|p| p.balancers.clone()).unwrap_or_default();
+                for (balancer, ipv4) in balancers.iter().zip([true, false]) {
+                    let endpoints = endpoints(&service, port.port, ipv4, &balancer.endpoints(), settings);
+                    sets.push((balancer.clone(), endpoints));
+                }
+                PortState { port: port.clone(), balancers }
             })
             .collect();
         (Self { key, service, ports, serial: serial() }, sets)
     }
 
     /// What its endpoints add to the index by pod address.
-    pub(super) fn endpoint_refs(&self) -> impl Iterator<Item = (std::net::IpAddr, EndpointRef)> {
+    pub(super) fn endpoint_refs(&self) -> impl Iterator<Item = (IpAddr, EndpointRef)> {
         self.service.endpoints.iter().flat_map(|endpoint| {
             endpoint.ports.iter().map(|&(service_port, target_port)| {
                 let service = self.key.clone();
@@ -84,11 +97,12 @@ impl ServiceState {
 fn endpoints(
     service: &Service,
     port: u16,
+    ipv4: bool,
     before: &EndpointSet,
     settings: &Arc<LoadSettings>,
 ) -> EndpointSet {
     let mut all = Vec::with_capacity(service.endpoints.len());
-    for endpoint in &service.endpoints {
+    for endpoint in service.endpoints.iter().filter(|e| e.address.to_canonical().is_ipv4() == ipv4) {
         for &(_, target) in endpoint.ports.iter().filter(|(service_port, _)| *service_port == port) {
             let address = SocketAddr::new(endpoint.address.to_canonical(), target);
             let load = before

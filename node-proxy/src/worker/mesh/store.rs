@@ -219,7 +219,9 @@ impl Change {
         let kept = |number| next.is_some_and(|s| s.port_index(number).is_some());
         for port in previous.iter().flat_map(|s| &s.ports).filter(|p| !kept(p.port.port)) {
             // Who still holds the balancer must find nobody there.
-            self.publish.push((port.balancer.clone(), EndpointSet::default()));
+            for balancer in port.balancers() {
+                self.publish.push((balancer.clone(), EndpointSet::default()));
+            }
         }
         let vips = |s: Option<&ServiceState>| -> HashSet<_> {
             s.iter().flat_map(|s| s.service.vips.iter().map(|ip| ip.to_canonical())).collect()

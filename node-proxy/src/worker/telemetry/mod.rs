@@ -78,8 +78,6 @@ pub struct Telemetry {
     pub retry_budget_exhausted: Counter,
     /// Retries that were due after the last try that the policy allows.
     pub retry_limit_reached: Counter,
-    /// Open connections to endpoints.
-    pub upstream_connections: Gauge,
     /// Connections to endpoints that were made.
     pub upstream_connects: Counter,
     /// Connections to endpoints that could not be made.
@@ -120,7 +118,6 @@ impl Telemetry {
             retries: Slots::default(),
             retry_budget_exhausted: Counter::default(),
             retry_limit_reached: Counter::default(),
-            upstream_connections: Gauge::default(),
             upstream_connects: Counter::default(),
             upstream_connect_failures: Counter::default(),
             pool_idle: Gauge::default(),
@@ -153,6 +150,14 @@ impl Telemetry {
     /// A retry ended: with an answer that stands, or with another failure.
     pub fn retried(&self, cause: Cause, succeeded: bool) {
         self.retries.inc((cause, succeeded));
+    }
+
+    /// The gauge of open connections of a direction.
+    pub fn connections(&self, direction: Direction) -> &Gauge {
+        match direction {
+            Direction::Outbound => &self.outbound_connections,
+            Direction::Inbound => &self.inbound_connections,
+        }
     }
 
     /// Appends all families in text format.
@@ -214,7 +219,6 @@ impl Telemetry {
             sample(out, name, "", counter.get());
         }
         for (name, help, gauge) in [
-            ("sockmesh_upstream_connections", "Open connections to endpoints.", &self.upstream_connections),
             ("sockmesh_pool_idle", "Idle connections in pools.", &self.pool_idle),
             ("sockmesh_outbound_connections", "Open connections of pods.", &self.outbound_connections),
             ("sockmesh_inbound_connections", "Open connections to pods.", &self.inbound_connections),
@@ -254,7 +258,7 @@ mod tests {
         telemetry.refused(Direction::Inbound, Reason::PlaintextRefused);
         telemetry.retried(Cause::Reset, true);
         telemetry.pool_hits.add(3);
-        telemetry.upstream_connections.inc();
+        telemetry.pool_idle.inc();
         let mut out = String::new();
         telemetry.encode(&mut out);
         let samples = parse(&out);
@@ -268,7 +272,7 @@ mod tests {
         assert_eq!(at("sockmesh_refused_total", &[("direction", "inbound"), ("reason", "PLAIN")]), Some(2.0));
         assert_eq!(at("sockmesh_retries_total", &[("reason", "reset"), ("result", "success")]), Some(1.0));
         assert_eq!(
-            (at("sockmesh_pool_hits_total", &[]), at("sockmesh_upstream_connections", &[])),
+            (at("sockmesh_pool_hits_total", &[]), at("sockmesh_pool_idle", &[])),
             (Some(3.0), Some(1.0))
         );
         assert_eq!(at("sockmesh_access_log_dropped_total", &[]), Some(0.0));

@@ -12,7 +12,7 @@ use super::gate::{self, RequestPlan, ResponsePlan};
 use super::render;
 use super::serve::Connection;
 use super::upload::{ClientFault, Upload};
-use super::wire::{poll_drain, poll_fill, poll_write_some};
+use super::wire::{burst_has_room, poll_drain, poll_fill, poll_write_some};
 use crate::worker::io::Transport;
 use crate::worker::reason::Reason;
 
@@ -39,6 +39,8 @@ pub(super) struct Download {
     pub body: Body,
     /// Bytes at the front of the upstream's read buffer that belong to the body and are not passed on yet.
     pub ready: usize,
+    /// Why no more comes after them.
+    failed: Option<Reason>,
 }
 
 impl<C: Transport, E: Exchange> Connection<'_, C, E> {
@@ -146,11 +148,11 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
     ) -> Result<Download, Reason> {
         let ready = body.feed(read_buf, 0).map_err(|_| Reason::UpstreamProtocolError)?;
         if ready > self.limits.read_buffer {
-            return Ok(Download { body, ready });
+            return Ok(Download { body, ready, failed: None });
         }
         self.output.extend_from_slice(&read_buf[..ready]);
         read_buf.advance(ready);
-        Ok(Download { body, ready: 0 })
+        Ok(Download { body, ready: 0, failed: None })
     }
 
     /// Passes the response on as it comes; ready when the client has it all.
@@ -172,21 +174,47 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
                 let flushed = ready!(Pin::new(&mut self.client).poll_flush(cx));
                 return Poll::Ready(flushed.map_err(|_| Reason::DownstreamTermination));
             }
-            match poll_fill(&mut upstream.stream, &mut upstream.read_buf, self.limits.read_buffer, cx) {
+            if let Some(reason) = download.failed {
+                return Poll::Ready(Err(reason));
+            }
+            if self.poll_body(upstream, download, cx).is_pending() {
+                let flushed = ready!(Pin::new(&mut self.client).poll_flush(cx));
+                flushed.map_err(|_| Reason::DownstreamTermination)?;
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Reads what there is of the body, up to one burst; pending when there is none.
+    fn poll_body<S: Transport>(
+        &mut self,
+        upstream: &mut H1Upstream<S>,
+        download: &mut Download,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
+        let size = self.limits.read_buffer;
+        loop {
+            match poll_fill(&mut upstream.stream, &mut upstream.read_buf, size, cx) {
                 Poll::Ready(Ok(0)) if matches!(download.body, Body::UntilClose) => download.body = Body::Done,
-                Poll::Ready(Ok(0)) => return Poll::Ready(Err(Reason::UpstreamTermination)),
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(Reason::UpstreamReset)),
+                Poll::Ready(Ok(0)) => download.failed = Some(Reason::UpstreamTermination),
+                Poll::Ready(Err(_)) => download.failed = Some(Reason::UpstreamReset),
                 Poll::Ready(Ok(_)) => {
                     self.moved = Instant::now();
-                    let fed = download.body.feed(&mut upstream.read_buf, download.ready);
-                    download.ready += fed.map_err(|_| Reason::UpstreamProtocolError)?;
+                    match download.body.feed(&mut upstream.read_buf, download.ready) {
+                        Ok(n) => download.ready += n,
+                        Err(_) => download.failed = Some(Reason::UpstreamProtocolError),
+                    }
+                    if !download.body.is_done()
+                        && download.failed.is_none()
+                        && burst_has_room(&upstream.read_buf, size)
+                    {
+                        continue;
+                    }
                 }
-                Poll::Pending => {
-                    let flushed = ready!(Pin::new(&mut self.client).poll_flush(cx));
-                    flushed.map_err(|_| Reason::DownstreamTermination)?;
-                    return Poll::Pending;
-                }
+                Poll::Pending if download.ready == 0 => return Poll::Pending,
+                Poll::Pending => {}
             }
+            return Poll::Ready(());
         }
     }
 

@@ -66,6 +66,16 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
         loop {
             let stop = match self.attempt(&mut call, &plan, &mut upload, &mut written).await {
                 Ok((mut upstream, response, interim)) => {
+                    if let Some(failure) = self.unreached(&call, &upstream.read_buf) {
+                        if matches!(call.on_failure(failure, upload.replay()), Verdict::Retry)
+                            && upload.holding
+                        {
+                            self.discard(&mut call, upstream, response, &upload);
+                            continue;
+                        }
+                        let answered = Answered { upstream, response, interim };
+                        return self.forward(call, answered, &plan, upload, written).await;
+                    }
                     match call.on_response(response.status, response.grpc_status, upload.replay()) {
                         Verdict::Retry if upload.holding => {
                             self.discard(&mut call, upstream, response, &upload);
@@ -111,6 +121,20 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
             };
             return self.reply(call, &reply, &plan, &upload, written).await;
         }
+    }
+
+    /// What the mesh on the other side says of a request that reached nobody. The same field from anyone else is not passed
+    /// on.
+    fn unreached<K: Call>(&mut self, call: &K, buf: &[u8]) -> Option<UpstreamFailure> {
+        let mesh = call.upstream_is_mesh();
+        let mut failure = None;
+        for field in self.response.fields.iter_mut().filter(|f| f.kind == Kind::MeshReason) {
+            field.drop = !mesh;
+            if mesh {
+                failure = UpstreamFailure::unreached(field.value.of(buf));
+            }
+        }
+        failure
     }
 
     /// Connects, sends, and waits for the final response head.

@@ -6,6 +6,7 @@
 //!
 //! Errors come in the order of the bytes, whatever the pieces in which these arrive.
 
+use super::buffers::{give_back_fields, lend_fields};
 use super::gate::Refusal;
 use super::syntax;
 
@@ -46,6 +47,7 @@ pub(super) enum Kind {
     ContentType,
     Expect,
     GrpcStatus,
+    MeshReason,
     Host,
     Http2Settings,
     KeepAlive,
@@ -84,7 +86,10 @@ impl Kind {
             }
             15 => named(&[(b"x-forwarded-for", Self::XForwardedFor)]),
             16 => named(&[(b"proxy-connection", Self::ProxyConnection)]),
-            17 => named(&[(b"transfer-encoding", Self::TransferEncoding)]),
+            17 => named(&[
+                (b"transfer-encoding", Self::TransferEncoding),
+                (super::MESH_REASON, Self::MeshReason),
+            ]),
             _ => Self::Other,
         }
     }
@@ -179,7 +184,7 @@ impl Head {
 
     /// Gives the memory back that it holds between messages.
     pub(super) fn release_memory(&mut self) {
-        self.fields = Vec::new();
+        give_back_fields(&mut self.fields);
     }
 
     /// Reads what came since the last call; true when the head is complete.
@@ -193,6 +198,14 @@ impl Head {
             let line = self.line_start..line_end;
             self.line_start = line_end;
             self.scanned = line_end;
+            // Before anything else is said of it, as for a first line that has not ended yet: the verdict must not depend
+            // on how the bytes came.
+            if self.role == Role::Response
+                && !self.first_line_done
+                && !may_become_status_line(&buf[line.clone()])
+            {
+                return Err(Refusal::NotHttp);
+            }
             let [content @ .., b'\r', b'\n'] = &buf[line.clone()] else {
                 return Err(Refusal::BareLf);
             };
@@ -214,6 +227,7 @@ impl Head {
             } else {
                 let field = self.field_line(content, start)?;
                 if self.fields.capacity() == 0 {
+                    self.fields = lend_fields();
                     self.fields.reserve(USUAL_FIELDS);
                 }
                 self.fields.push(field);

@@ -14,13 +14,18 @@
 //! | `serve` | the life of a client's connection |
 //! | `exchange` | one request: attempts, timeouts, how it ends |
 //! | `upload`, `download` | the two directions of an exchange |
+//! | `buffers` | memory that goes from one connection to the next |
 //! | `upgrade` | raw bytes after a switch of protocols |
 //! | `sniff` | is this HTTP/1 at all |
 //!
-//! Buffers are bounded by [`HttpLimits`](super::HttpLimits): one read buffer in each direction, the replay buffer, and a
-//! head. Nothing is read from one side while what was read before waits to be written to the other. A connection between
+//! Buffers are bounded by [`HttpLimits`](super::HttpLimits): a few read buffers in each direction, the replay buffer, and
+//! a head. Nothing is read from one side while what was read before waits to be written to the other. A connection between
 //! requests holds no buffer.
 
+/// [`crate::worker::reason::HEADER`] as a field name.
+const MESH_REASON: &[u8] = crate::worker::reason::HEADER.as_bytes();
+
+mod buffers;
 mod download;
 mod exchange;
 mod framing;

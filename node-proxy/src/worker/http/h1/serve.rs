@@ -9,6 +9,7 @@ use bytes::BytesMut;
 use tokio::time::Instant;
 
 use super::super::{Exchange, HttpLimits, LocalReply, Outcome};
+use super::buffers::{HEAD, HEADS, READ};
 use super::gate::{self, Refusal};
 use super::head::{Caps, Head, Role};
 use super::render;
@@ -189,6 +190,8 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
     /// Puts a complete head through the gate, with what has come of the body, and serves the request.
     async fn check_and_exchange(&mut self) -> After {
         self.moved = Instant::now();
+        HEADS.lend(&mut self.output, HEAD);
+        HEADS.lend(&mut self.send, HEAD);
         let checked = gate::check_request(&self.input, &mut self.request, self.caps).and_then(|mut plan| {
             let body_bytes = plan.body.feed(&mut self.input, self.request.len)?;
             Ok((plan, body_bytes))
@@ -281,14 +284,22 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
         })
         .await;
     }
+}
 
+impl<C, E> Connection<'_, C, E> {
     /// An idle connection holds as little as it can; there may be tens of thousands.
     fn release_memory(&mut self) {
-        self.input = BytesMut::new();
-        self.output = BytesMut::new();
-        self.send = BytesMut::new();
-        self.spare = BytesMut::new();
+        READ.give_back(&mut self.input, self.limits.read_buffer);
+        READ.give_back(&mut self.spare, self.limits.read_buffer);
+        HEADS.give_back(&mut self.output, HEAD);
+        HEADS.give_back(&mut self.send, HEAD);
         self.request.release_memory();
         self.response.release_memory();
+    }
+}
+
+impl<C, E> Drop for Connection<'_, C, E> {
+    fn drop(&mut self) {
+        self.release_memory();
     }
 }

@@ -10,7 +10,7 @@ use super::super::{Exchange, Replay};
 use super::framing::Body;
 use super::gate::Refusal;
 use super::serve::Connection;
-use super::wire::{poll_drain, poll_fill, poll_write_some};
+use super::wire::{burst_has_room, poll_drain, poll_fill, poll_write_some};
 use crate::worker::io::Transport;
 
 /// How far a request got.
@@ -121,7 +121,7 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
             self.hold_ready(upload);
             match ready!(self.poll_send(upstream, upload, cx)) {
                 Ok(()) if upload.body.is_done() => upload.over_at = Some(Instant::now()),
-                Ok(()) => ready!(self.poll_receive(upload, cx))?,
+                Ok(()) => ready!(self.poll_receive_burst(upload, cx))?,
                 Err(_) => {
                     upload.broken = true;
                     upload.over_at = Some(Instant::now());
@@ -161,6 +161,22 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
         Pin::new(upstream).poll_flush(cx)
     }
 
+    /// Reads what there is of the body, up to one burst.
+    fn poll_receive_burst(
+        &mut self,
+        upload: &mut Upload,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), ClientFault>> {
+        ready!(self.poll_receive(upload, cx))?;
+        while !upload.body.is_done()
+            && burst_has_room(&self.input, self.limits.read_buffer)
+            && let Poll::Ready(received) = self.poll_receive_more(upload, cx)
+        {
+            received?;
+        }
+        Poll::Ready(Ok(()))
+    }
+
     /// Reads once from the client: more of the body, or of requests behind it, or the news that it is gone.
     ///
     /// Pending without a wake-up when a buffer full of bytes is waiting already. A client that ends its direction after
@@ -171,7 +187,18 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), ClientFault>> {
         let full = self.input.len() >= self.limits.read_buffer && (upload.ready > 0 || upload.body.is_done());
-        if self.client_ended || full {
+        if full {
+            return Poll::Pending;
+        }
+        self.poll_receive_more(upload, cx)
+    }
+
+    fn poll_receive_more(
+        &mut self,
+        upload: &mut Upload,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), ClientFault>> {
+        if self.client_ended {
             return Poll::Pending;
         }
         match ready!(poll_fill(&mut self.client, &mut self.input, self.limits.read_buffer, cx)) {

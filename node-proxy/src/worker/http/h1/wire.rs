@@ -8,6 +8,17 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::time::{Instant, Sleep};
 
+use super::buffers::READ;
+
+/// Read buffers of a body that are filled, while there is more to read, before they are written: each write to a tunnel
+/// costs at least a system call and a TLS record.
+const BURST: usize = 4;
+
+/// Whether a buffer with read buffers of `size` can take another read of one burst.
+pub(super) fn burst_has_room(buf: &BytesMut, size: usize) -> bool {
+    buf.len() + size / 2 <= BURST * size
+}
+
 /// Reads once into `buf`, which is grown to take a good part of `size` bytes; 0 is the end of the stream.
 pub(super) fn poll_fill<S: AsyncRead + Unpin>(
     stream: &mut S,
@@ -15,6 +26,7 @@ pub(super) fn poll_fill<S: AsyncRead + Unpin>(
     size: usize,
     cx: &mut Context<'_>,
 ) -> Poll<io::Result<usize>> {
+    READ.lend(buf, size);
     // For an empty buffer this only takes back the room at its front.
     if buf.is_empty() || buf.capacity() - buf.len() < size / 2 {
         buf.reserve(size);

@@ -72,9 +72,9 @@ impl Pump {
         self.bytes
     }
 
-    /// Whether all that was read is still held.
+    /// Whether all that was read is still held: always so while nothing was read.
     pub(super) fn can_rewind(&self) -> bool {
-        self.kept.is_some()
+        self.kept.is_some() || self.bytes == 0
     }
 
     /// Gives up what was kept for another attempt.
@@ -84,7 +84,10 @@ impl Pump {
 
     /// Starts again with the first byte, for another sink.
     pub(super) fn rewind(&mut self) -> Result<(), PumpError> {
-        let Some(kept) = &self.kept else { return Err(PumpError::Sink) };
+        let Some(kept) = &self.kept else {
+            // A body known to be too long to keep can start over until its first byte comes.
+            return if self.bytes == 0 { Ok(()) } else { Err(PumpError::Sink) };
+        };
         let again = Bytes::copy_from_slice(&kept.bytes);
         let rest = std::mem::replace(&mut self.chunk, again);
         if std::mem::take(&mut self.chunk_owes_window) {

@@ -22,7 +22,7 @@ use super::forward::{self, Forwarded};
 use super::pump::{Pump, PumpError};
 use super::watch::Watch;
 use super::{gate, reply};
-use crate::worker::reason::Reason;
+use crate::worker::reason::{HEADER, Reason};
 
 /// Interim (1xx) responses passed on for one request; more is an upstream that talks instead of answering.
 const MAX_INTERIM: u8 = 16;
@@ -134,11 +134,19 @@ pub(super) async fn serve<E: Exchange>(
         let attempt =
             attempt(&mut call, head, &mut upload, &shared.gauges.up, &mut client, &mut clock, sleep.as_mut())
                 .await;
-        let replay = Replay { possible: spare.is_some() && (upload.can_rewind() || upload.bytes() == 0) };
+        let replay = Replay { possible: spare.is_some() && upload.can_rewind() };
         let verdict = match attempt {
-            Attempt::Head { response, mut sink, sent } => {
-                let grpc_status = facts.grpc.then(|| gate::grpc_status(response.headers())).flatten();
-                let verdict = call.on_response(response.status().as_u16(), grpc_status, replay);
+            Attempt::Head { mut response, mut sink, sent } => {
+                let verdict = match unreached(&call, &mut response) {
+                    Some(failure) => match call.on_failure(failure, replay) {
+                        Verdict::Retry => Verdict::Retry,
+                        Verdict::Reply(_) | Verdict::Forward => Verdict::Forward,
+                    },
+                    None => {
+                        let grpc_status = facts.grpc.then(|| gate::grpc_status(response.headers())).flatten();
+                        call.on_response(response.status().as_u16(), grpc_status, replay)
+                    }
+                };
                 if matches!(verdict, Verdict::Forward) {
                     break (response, sink, sent);
                 }
@@ -429,4 +437,13 @@ pub(super) fn expired_grpc(expired: Expired) -> (u8, Reason, &'static str) {
             "the request took longer than its timeout",
         ),
     }
+}
+
+/// What the mesh on the other side says of a request that reached nobody. The same field from anyone else is not passed on.
+fn unreached<K: Call>(call: &K, response: &mut Response<RecvStream>) -> Option<UpstreamFailure> {
+    if call.upstream_is_mesh() {
+        return response.headers().get(HEADER).and_then(|value| UpstreamFailure::unreached(value.as_bytes()));
+    }
+    response.headers_mut().remove(HEADER);
+    None
 }

@@ -157,7 +157,8 @@ fn a_pod_port_names_the_service_with_a_cluster_ip_before_a_headless_one() {
 #[test]
 fn load_survives_a_change_for_the_endpoints_that_stay() {
     let store = store(vec![Resource::Service(service("web", Some("10.96.0.1"), &[("10.0.0.1", "a")]))]);
-    let balancer = store.state().unwrap().service("shop", "web").unwrap().ports[0].balancer.clone();
+    let balancer =
+        store.state().unwrap().service("shop", "web").unwrap().ports[0].balancer(ip("10.96.0.1")).clone();
     let held = balancer.pick(&[]).unwrap();
     let pending = |address: &str| balancer.endpoints().get(address.parse().unwrap()).unwrap().load.pending();
     let with = |pods: &[(&str, &str)], full| {
@@ -181,10 +182,10 @@ fn whoever_holds_a_balancer_of_a_removed_service_or_port_finds_no_endpoint() {
     fewer.ports.truncate(1);
     fewer.endpoints[0].ports.truncate(1);
     store.apply(vec![Resource::Service(fewer)], &[], false).unwrap();
-    assert!(ports[0].balancer.pick(&[]).is_some());
-    assert!(ports[1].balancer.pick(&[]).is_none());
+    assert!(ports[0].balancer(ip("10.96.0.1")).pick(&[]).is_some());
+    assert!(ports[1].balancer(ip("10.96.0.1")).pick(&[]).is_none());
     store.apply(vec![], &[service_name("shop/web")], false).unwrap();
-    assert!(ports[0].balancer.pick(&[]).is_none());
+    assert!(ports[0].balancer(ip("10.96.0.1")).pick(&[]).is_none());
 }
 
 #[test]
@@ -209,7 +210,8 @@ fn a_change_with_an_error_changes_nothing_and_names_every_fault() {
         trust("cluster.local"),
         Resource::Service(service("web", Some("10.96.0.1"), &[("10.0.0.1", "a")])),
     ]);
-    let balancer = store.state().unwrap().service("shop", "web").unwrap().ports[0].balancer.clone();
+    let balancer =
+        store.state().unwrap().service("shop", "web").unwrap().ports[0].balancer(ip("10.96.0.1")).clone();
     let mut bad = service("bad", None, &[("10.0.0.9", "x")]);
     bad.endpoints[0].ports.push((81, 8081));
     let errors = store
@@ -282,4 +284,21 @@ fn one_change_in_a_large_mesh_is_applied_to_what_it_touches() {
     assert_eq!(state.counts(), (10_000, 1_000));
     assert!(Arc::ptr_eq(&untouched, &state.by_uid("uid-9999").unwrap()));
     assert_eq!(&*state.by_address(ip(&address(20_199))).unwrap().workload.uid, "uid-77");
+}
+
+#[test]
+fn a_connection_finds_endpoints_of_the_family_that_it_asked_for() {
+    let store = store(vec![Resource::Service(service(
+        "web",
+        Some("10.96.0.1"),
+        &[("10.0.0.1", "a"), ("fd00::1", "a")],
+    ))]);
+    let web = store.state().unwrap().service("shop", "web").unwrap();
+    for (asked, endpoint) in
+        [("10.96.0.1", "10.0.0.1"), ("fd00:96::1", "fd00::1"), ("::ffff:10.96.0.1", "10.0.0.1")]
+    {
+        let set = web.ports[0].balancer(ip(asked)).endpoints();
+        let found: Vec<_> = set.all().iter().map(|e| e.address.ip()).collect();
+        assert_eq!(found, [ip(endpoint)], "for {asked}");
+    }
 }

@@ -3,8 +3,9 @@
 use proptest::prelude::*;
 
 use super::super::gate::Refusal;
-use super::super::{Sniff, looks_like_request};
+use super::super::looks_like_request;
 use super::verdict::{Message, RESPONSE, Verdict, verdict};
+use crate::worker::http::Sniff;
 
 /// Pieces that messages, valid or nearly so, are made of.
 fn fragments() -> impl Strategy<Value = Vec<u8>> {

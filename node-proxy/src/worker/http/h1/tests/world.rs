@@ -176,6 +176,10 @@ impl Call for Request {
         })
     }
 
+    fn upstream_is_mesh(&self) -> bool {
+        false
+    }
+
     fn on_response(&mut self, status: u16, _: Option<u8>, replay: Replay) -> Verdict {
         self.script.note(format!("response {status}"));
         if status == 503 && self.script.retries.get() > 0 && replay.possible {

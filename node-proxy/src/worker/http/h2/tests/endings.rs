@@ -209,6 +209,26 @@ fn a_refused_stream_is_sent_again_with_its_body_and_trailers() {
 }
 
 #[test]
+fn a_body_announced_beyond_the_replay_cap_is_sent_elsewhere_while_none_of_it_was_sent() {
+    on_worker(async {
+        let script = Script::new();
+        retry_if_possible(&script);
+        refusing(&script, 1).await;
+        let limits = HttpLimits { replay_cap: 10, ..HttpLimits::default() };
+        let (near, _) = proxy(&script, limits);
+        let mut client = client(near).await;
+        let mut request = post("/");
+        request.headers_mut().insert("content-length", 16.into());
+        let (response, mut body) = client.send_request(request, false).unwrap();
+        let mut response = response.await.unwrap();
+        assert_eq!(script.seen.borrow()[1..], ["Refused true"]);
+        assert_eq!(response.status(), 200);
+        body.send_data(Bytes::from_static(b"sixteen bytes is"), true).unwrap();
+        assert_eq!(read(response.body_mut()).await.unwrap().0, b"sixteen bytes is");
+    });
+}
+
+#[test]
 fn a_body_beyond_the_replay_cap_is_not_sent_again() {
     on_worker(async {
         let script = Script::new();

@@ -164,6 +164,10 @@ impl Call for TestCall {
         }
     }
 
+    fn upstream_is_mesh(&self) -> bool {
+        false
+    }
+
     fn on_response(&mut self, status: u16, _: Option<u8>, replay: Replay) -> Verdict {
         if self.script.retry_status.get() == Some(status) && replay.possible {
             self.script.seen.borrow_mut().push(format!("retry {status}"));
