@@ -2,10 +2,13 @@
 
     talk.py serve BEHAVIOUR PORT         listens on both address families and writes one JSON line per connection
     talk.py call BEHAVIOUR HOST PORT [N] connects and writes one JSON line about what happened
+    talk.py kind KIND HOST PORT          asks an echo server over a socket of this kind
 """
 
+import errno
 import hashlib
 import json
+import select
 import socket
 import struct
 import sys
@@ -207,6 +210,60 @@ def call_take_nothing(conn):
     threading.Event().wait()
 
 
+def call_many(conn):
+    """Opens N connections more to the same place, keeps all open, and uses each."""
+    peer, count = conn.getpeername()[:2], int(sys.argv[5])
+    everyone = [conn]
+    for _ in range(count - 1):
+        everyone.append(socket.create_connection(peer, timeout=60))
+    for n, each in enumerate(everyone):
+        each.settimeout(60)
+        each.sendall(n.to_bytes(4, "big"))
+    good = sum(each.recv(4, socket.MSG_WAITALL) == n.to_bytes(4, "big") for n, each in enumerate(everyone))
+    return {"good": good}
+
+
+def opened(kind, family):
+    """A socket of one of the kinds that an application may use."""
+    if kind == "mptcp":
+        return socket.socket(family, socket.SOCK_STREAM, 262)  # IPPROTO_MPTCP
+    return socket.socket(family, socket.SOCK_STREAM)
+
+
+def connected(kind, host, port):
+    """Connects in one of the ways there are."""
+    if kind == "mapped":
+        conn = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        conn.connect((f"::ffff:{host}", port))
+        return conn
+    conn = opened(kind, socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if kind == "nonblocking":
+        conn.setblocking(False)
+        if conn.connect_ex((host, port)) not in (0, errno.EINPROGRESS):
+            raise OSError("the connect failed at once")
+        select.select([], [conn], [], 20)
+        if error := conn.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(error, "connect")
+        conn.setblocking(True)
+    elif kind == "fastopen":
+        conn.sendto(b"ping", socket.MSG_FASTOPEN, (host, port))
+    else:
+        conn.connect((host, port))
+    return conn
+
+
+def kind(kind, host, port):
+    """Asks for an echo over a socket of this kind."""
+    try:
+        conn = connected(kind, host, port)
+        conn.settimeout(20)
+        if kind != "fastopen":
+            conn.sendall(b"ping")
+        say(answer=conn.recv(4, socket.MSG_WAITALL).decode(), peer=conn.getpeername()[0])
+    except OSError as e:
+        say(error=type(e).__name__, errno=errno.errorcode.get(e.errno))
+
+
 def call(behaviour, host, port):
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     conn = socket.socket(family, socket.SOCK_STREAM)
@@ -225,9 +282,12 @@ def call(behaviour, host, port):
 
 
 def main():
-    kind, name, *rest = sys.argv[1:]
-    behaviour = globals()[f"{kind}_{name.replace('-', '_')}"]
-    if kind == "serve":
+    what, name, *rest = sys.argv[1:]
+    if what == "kind":
+        kind(name, rest[0], int(rest[1]))
+        return
+    behaviour = globals()[f"{what}_{name.replace('-', '_')}"]
+    if what == "serve":
         serve(behaviour, int(rest[0]))
     else:
         call(behaviour, rest[0], int(rest[1]))

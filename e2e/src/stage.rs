@@ -9,7 +9,7 @@
 
 use std::cell::RefCell;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use testbed::metrics::Sample;
 use testbed::{Mesh, Pod, PodSpec};
 
@@ -102,7 +102,7 @@ impl Stage {
     /// # Errors
     /// The one that was given.
     pub fn explain<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|e| e.context(format!("last lines of the mesh's logs:\n{}", self.log_tails())))
+        result.map_err(|e| anyhow!("{e:#}\n\nlast lines of the mesh's logs:\n{}", self.log_tails()))
     }
 
     fn log_tails(&self) -> String {

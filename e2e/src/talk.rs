@@ -81,6 +81,16 @@ pub fn call_with(
     serde_json::from_str(&out).with_context(|| format!("not one line of JSON: {out:?}"))
 }
 
+/// Asks an echo server over a socket of this kind: `blocking`, `nonblocking`, `fastopen`, `mptcp`, `mapped`.
+///
+/// # Errors
+/// When it cannot run. That the connection failed is in the answer: members `error` and `errno`.
+pub fn ask(pod: &Pod, kind: &str, to: impl Into<IpAddr>, port: u16) -> Result<Value> {
+    let program = python(pod, "kind", kind).arg(to.into().to_string()).arg(port.to_string()).label(kind);
+    let out = program.output()?.ok()?;
+    serde_json::from_str(&out).with_context(|| format!("not one line of JSON: {out:?}"))
+}
+
 /// A client with this behaviour, to be started in the background.
 #[must_use]
 pub fn caller(pod: &Pod, behaviour: &str, to: IpAddr, port: u16) -> Launch {

@@ -157,7 +157,7 @@ impl Mesh {
         for dir in [node.run_dir(), node.state_dir()] {
             make_dir(&dir)?;
         }
-        let config = node.dir().join("node.yaml");
+        let config = node.config_file();
         let mut control = self.control.lock();
         let mut settings = control.node_settings.clone();
         let own = json!({
@@ -241,6 +241,21 @@ impl Mesh {
         node.wait_until_mesh_is_gone(START_LIMIT)
     }
 
+    /// Removes the mesh from a node, as `sockmesh-node uninstall` does it.
+    ///
+    /// # Errors
+    /// When it fails or leaves the agent running.
+    pub fn uninstall(&self, node: &Node) -> Result<()> {
+        let uninstall = node.launch(binary("sockmesh-node")?).label("uninstall").arg("uninstall");
+        uninstall.arg("--config").arg(node.config_file()).output()?.ok()?;
+        let mut control = self.control.lock();
+        if let Some(at) = control.agents.iter().position(|(n, _)| *n == node.number()) {
+            let (_, mut process) = control.agents.remove(at);
+            process.wait(START_LIMIT)?;
+        }
+        Ok(())
+    }
+
     /// Enrols a pod. When this returns, its traffic is captured and its certificate and policy are in place.
     ///
     /// # Errors
@@ -313,6 +328,12 @@ impl Node {
     #[must_use]
     pub fn state_dir(&self) -> PathBuf {
         self.dir().join("state")
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn config_file(&self) -> PathBuf {
+        self.dir().join("node.yaml")
     }
 
     /// A subcommand of `sockmesh-node` for this node's agent.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::chown;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -24,6 +24,49 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 /// # Errors
 /// When nginx is missing or does not start.
 pub fn nginx(pod: &Pod, port: u16) -> Result<Process> {
+    nginx_with(pod, port, "", "")
+}
+
+/// The same, but it speaks only HTTP/2 with prior knowledge.
+///
+/// # Errors
+/// When nginx is missing or does not start.
+pub fn nginx_http2(pod: &Pod, port: u16) -> Result<Process> {
+    nginx_with(pod, port, "http2", "")
+}
+
+/// The same over TLS. Returns the file with the self-signed certificate, which is for `<pod>.test`, too.
+///
+/// # Errors
+/// When nginx or openssl is missing or does not start.
+pub fn nginx_tls(pod: &Pod, port: u16) -> Result<(Process, PathBuf)> {
+    need(&[("openssl", "openssl")])?;
+    let (key, certificate) = (pod.dir().join("tls.key"), pod.dir().join("tls.crt"));
+    let name = format!("{}.test", pod.name());
+    pod.launch("openssl")
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "2",
+        ])
+        .args(["-subj", &format!("/CN={name}"), "-addext", &format!("subjectAltName=DNS:{name}"), "-keyout"])
+        .arg(&key)
+        .arg("-out")
+        .arg(&certificate)
+        .output()?
+        .ok()?;
+    let lines = format!("ssl_certificate {}; ssl_certificate_key {};", certificate.display(), key.display());
+    Ok((nginx_with(pod, port, "ssl", &lines)?, certificate))
+}
+
+/// nginx with these words after each `listen`, and these lines in its server.
+fn nginx_with(pod: &Pod, port: u16, listen: &str, lines: &str) -> Result<Process> {
     need(&[("nginx", "nginx-light")])?;
     let dir = pod.dir();
     let www = dir.join("www");
@@ -33,14 +76,15 @@ pub fn nginx(pod: &Pod, port: u16) -> Result<Process> {
         .map(|s| format!("        location = /status/{s} {{ return {s}; }}\n"))
         .collect();
     let text = format!(
-        "daemon off; master_process off; pid {dir}/nginx.pid; error_log stderr warn;
+        "daemon off; master_process off; pid {dir}/nginx-{port}.pid; error_log stderr warn;
 events {{ worker_connections 16384; }}
 http {{
     access_log off; default_type text/plain; keepalive_requests 1000000; large_client_header_buffers 4 64k;
     client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy; fastcgi_temp_path {dir}/fastcgi;
     uwsgi_temp_path {dir}/uwsgi; scgi_temp_path {dir}/scgi; client_max_body_size 0;
     server {{
-        listen 0.0.0.0:{port} backlog=4096; listen [::]:{port} backlog=4096;
+        listen 0.0.0.0:{port} backlog=4096 {listen}; listen [::]:{port} backlog=4096 {listen};
+        {lines}
         add_header x-served-by {name} always;
         location = / {{ return 200 \"{name} $http_x_canary\\n\"; }}
         location = /peer {{ return 200 \"$remote_addr\\n\"; }}
@@ -52,7 +96,7 @@ http {{
         www = www.display(),
         name = pod.name(),
     );
-    let config = dir.join("nginx.conf");
+    let config = dir.join(format!("nginx-{port}.conf"));
     fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
     let mut process = pod.launch("nginx").arg("-c").arg(&config).arg("-e").arg("stderr").spawn()?;
     process.wait_for_port(port, START_LIMIT)?;
@@ -136,7 +180,7 @@ pub fn postgres(pod: &Pod, port: u16) -> Result<Process> {
 }
 
 /// Debian keeps the server's programs below a directory per major version.
-fn newest_postgres() -> Result<std::path::PathBuf> {
+fn newest_postgres() -> Result<PathBuf> {
     let base = Path::new("/usr/lib/postgresql");
     let entries = fs::read_dir(base).with_context(|| format!("cannot read {}", base.display()))?;
     let mut versions: Vec<u32> = entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok()).collect();
@@ -148,7 +192,7 @@ fn newest_postgres() -> Result<std::path::PathBuf> {
 }
 
 /// A directory of the pod that belongs to a user of the system.
-fn owned_dir(pod: &Pod, name: &str, user: &str) -> Result<std::path::PathBuf> {
+fn owned_dir(pod: &Pod, name: &str, user: &str) -> Result<PathBuf> {
     let account = User::from_name(user)
         .with_context(|| format!("cannot look up the user {user}"))?
         .with_context(|| format!("there is no user {user}"))?;

@@ -78,7 +78,7 @@ pub(crate) fn services_are_reached_by_their_addresses_and_requests_bear_identiti
                 ("reporter", reporter),
                 ("source_principal", source.as_str()),
                 ("destination_principal", destination.as_str()),
-                ("connection_security_policy", if reporter == "source" { "unknown" } else { "mutual_tls" }),
+                ("connection_security_policy", "mutual_tls"),
                 ("response_code", "200"),
                 ("destination_service_name", "web"),
             ];
@@ -148,6 +148,33 @@ fn served(load: &testbed::Process, server: &str, n: u64) -> Result<()> {
     let before = count()?;
     wait::until(&format!("{n} answers of {server}"), LIMIT, || Ok((count()? >= before + n).then_some(())))
         .with_context(|| format!("the load program's newest line: {:?}", newest(load)))
+}
+
+pub(crate) fn a_post_that_reached_no_application_is_served_by_another_replica() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        // Both are said to be ready; behind the one on the other node nothing listens.
+        let third = stage.mesh.pod(PodSpec::new("shop", "third").node(2).label("tier", "back"))?;
+        let fourth = stage.mesh.pod(PodSpec::new("shop", "fourth").node(2).label("tier", "back"))?;
+        stage.mesh.enrol(&third)?;
+        stage.mesh.enrol(&fourth)?;
+        let vips = stage
+            .mesh
+            .service(ServiceSpec::new("shop", "posts").selector("tier", "back").port("http", 80, 8080))?;
+        let _near = programs::nginx(&stage.near, 8080)?;
+        let _third = programs::nginx(&third, 8080)?;
+        let _far = programs::nginx(&stage.far, 8080)?;
+        stage.mesh.settle()?;
+        let mut load = load(&stage.client)?
+            .arg(format!("http://{}/", vips[0]))
+            .args(["--method", "POST", "--body-bytes", "1000", "--count", "100", "--concurrency", "4"])
+            .spawn()?;
+        load.wait(LIMIT)?;
+        let report = LoadReport::last(&load)?;
+        ensure!(report.failed == 0, "requests failed: {report:?}");
+        let retries = stage.mesh.node(1).metrics()?.sum("sockmesh_retries_total", &[("reason", "connect")]);
+        ensure!(retries > 0.0, "nothing was retried, so nothing was put to the test");
+        Ok(())
+    })
 }
 
 pub(crate) fn a_service_that_cannot_be_reached_answers_503_with_its_reason() -> Result<Outcome> {

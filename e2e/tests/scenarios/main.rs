@@ -3,8 +3,10 @@
 mod http;
 mod peers;
 mod policy;
+mod protocols;
 mod restarts;
 mod tcp;
+mod volume;
 
 use std::process::ExitCode;
 
@@ -13,8 +15,16 @@ fn main() -> ExitCode {
         http::http1_works_across_nodes_and_on_one_node_and_is_never_plain_on_the_wire,
         http::services_are_reached_by_their_addresses_and_requests_bear_identities,
         http::a_replica_that_is_killed_under_load_fails_no_idempotent_request,
+        http::a_post_that_reached_no_application_is_served_by_another_replica,
         http::a_service_that_cannot_be_reached_answers_503_with_its_reason,
         peers::client_and_server_see_each_others_true_addresses,
+        peers::every_kind_of_tcp_socket_is_captured,
+        peers::a_pod_reaches_itself_as_without_a_mesh,
+        protocols::http2_with_prior_knowledge_is_balanced_by_request,
+        protocols::grpc_of_all_four_kinds_works_with_its_trailers,
+        protocols::websockets_pass_in_both_directions,
+        protocols::tls_of_the_application_passes_untouched,
+        protocols::hbone_carries_http_and_tcp_between_nodes,
         tcp::without_a_mesh_the_same_things_hold,
         tcp::a_server_that_speaks_first_is_heard_at_once,
         tcp::databases_work_through_the_mesh,
@@ -23,8 +33,16 @@ fn main() -> ExitCode {
         tcp::half_closed_connections_go_on_in_the_other_direction,
         tcp::two_gibibytes_arrive_unchanged_both_ways,
         policy::a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it,
+        policy::peers_that_the_mesh_did_not_certify_are_refused_by_name,
         restarts::a_worker_that_is_killed_under_load_refuses_no_connection_and_sends_nothing_plain,
         restarts::an_agent_that_is_killed_and_comes_back_costs_no_request,
         restarts::a_pod_whose_node_proxy_is_gone_is_refused_and_never_sent_out_plain,
+        restarts::certificates_that_are_renewed_all_the_time_cost_no_request,
+        restarts::a_pod_that_joins_and_leaves_all_the_time_costs_no_request,
+        restarts::uninstalling_leaves_nothing_and_gives_the_network_back,
+        restarts::processes_have_the_rights_that_they_need_and_no_more,
+        volume::five_thousand_http_connections_at_the_same_time_are_served,
+        volume::a_thousand_tcp_connections_at_the_same_time_are_each_their_own,
+        volume::readers_that_do_not_read_cost_little_memory,
     ])
 }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
 use e2e::{Outcome, Stage, talk};
-use testbed::ServiceSpec;
+use testbed::{Capture, ServiceSpec};
 
 pub(crate) fn client_and_server_see_each_others_true_addresses() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
@@ -29,9 +29,49 @@ pub(crate) fn client_and_server_see_each_others_true_addresses() -> Result<Outco
                 let client: IpAddr =
                     if address.is_ipv4() { stage.client.v4().into() } else { stage.client.v6().into() };
                 for name in ["accepted", "peer"] {
-                    ensure!(served[name] == client.to_string(), "{} sees {served}", server.name());
+                    ensure!(
+                        served[name] == client.to_string(),
+                        "{}, called by {client} at {address}, sees {served}",
+                        server.name()
+                    );
                 }
             }
+        }
+        Ok(())
+    })
+}
+
+pub(crate) fn every_kind_of_tcp_socket_is_captured() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let _echo = talk::serve(&stage.far, "echo", 7000)?;
+        let capture = Capture::start(&stage.mesh, 1, 2)?;
+        for kind in ["blocking", "nonblocking", "fastopen", "mptcp", "mapped"] {
+            for address in [IpAddr::from(stage.far.v4()), stage.far.v6().into()] {
+                if kind == "mapped" && address.is_ipv6() {
+                    continue;
+                }
+                let seen = talk::ask(&stage.client, kind, address, 7000)?;
+                ensure!(seen["answer"] == "ping", "{kind} to {address}: {seen}");
+                let shown = if kind == "mapped" { format!("::ffff:{address}") } else { address.to_string() };
+                // An MPTCP socket is captured like any other, but `getpeername` shows it the proxy's listener.
+                ensure!(kind == "mptcp" || seen["peer"] == shown, "{kind} to {address}: {seen}");
+            }
+        }
+        let seen = capture.finish()?;
+        ensure!(seen.bytes_off_port(15008) == 0, "TCP went past the tunnel");
+        Ok(())
+    })
+}
+
+pub(crate) fn a_pod_reaches_itself_as_without_a_mesh() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let _echo = talk::serve(&stage.client, "echo", 7000)?;
+        let own = [IpAddr::from(stage.client.v4()), stage.client.v6().into()];
+        let local = ["127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::"].map(str::parse::<IpAddr>);
+        for address in own.into_iter().map(Ok).chain(local) {
+            let address = address?;
+            let seen = talk::ask(&stage.client, "blocking", address, 7000)?;
+            ensure!(seen["answer"] == "ping", "{address}: {seen}");
         }
         Ok(())
     })

@@ -2,8 +2,13 @@
 
 use std::net::IpAddr;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::{Outcome, Stage, talk};
+use rcgen::string::Ia5String;
+use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, SanType};
+use testbed::wait;
+
+const LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
 
 pub(crate) fn a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
@@ -31,6 +36,82 @@ pub(crate) fn a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it() -
             }
             let seen = talk::call(&stage.client, "look", server.v4(), 7001)?;
             ensure!(seen["answer"] == "ping", "a permissive pod to one of the mesh: {seen}");
+        }
+        Ok(())
+    })
+}
+
+/// A certificate for client and server with one URI as its name, as the mesh issues them.
+fn certificate(issuer: &Issuer<'_, KeyPair>, identity: &str, days: [i64; 2]) -> Result<(String, String)> {
+    let key = KeyPair::generate()?;
+    let mut params = CertificateParams::default();
+    params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(identity)?)];
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    let now = time::OffsetDateTime::now_utc();
+    [params.not_before, params.not_after] = days.map(|d| now + time::Duration::days(d));
+    Ok((params.signed_by(&key, issuer)?.pem(), key.serialize_pem()))
+}
+
+pub(crate) fn peers_that_the_mesh_did_not_certify_are_refused_by_name() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let state = stage.mesh.dir().join("controller");
+        let read =
+            |file: &str| std::fs::read_to_string(state.join(file)).with_context(|| format!("no {file}"));
+        let own = Issuer::from_ca_cert_pem(&read("ca.pem")?, KeyPair::from_pem(&read("ca.key")?)?)?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "another mesh");
+        let foreign = Issuer::new(params, KeyPair::generate()?);
+        // The same names as the mesh's own CA, but another key.
+        let impostor = Issuer::from_ca_cert_pem(&read("ca.pem")?, KeyPair::generate()?)?;
+        let stranger = "spiffe://cluster.local/ns/legacy/sa/default";
+        let call = |cert: &(String, String)| -> Result<()> {
+            let (crt, key) = (stage.stranger.dir().join("peer.crt"), stage.stranger.dir().join("peer.key"));
+            std::fs::write(&crt, &cert.0)?;
+            std::fs::write(&key, &cert.1)?;
+            let client =
+                stage.stranger.launch("openssl").args(["s_client", "-tls1_3", "-alpn", "sockmesh/1"]);
+            let client = client.arg("-connect").arg(format!("{}:15008", stage.far.v4()));
+            // How it ends for the client does not matter: it finishes the handshake before the server has judged it.
+            client.arg("-cert").arg(crt).arg("-key").arg(key).output().map(drop)
+        };
+        let node = stage.mesh.node(2);
+        let handshakes = |result: &str| -> Result<f64> {
+            let labels = [("side", "server"), ("result", result)];
+            Ok(node.metrics()?.sum("sockmesh_handshakes_total", &labels))
+        };
+
+        // Somebody whom the mesh did certify gets through the handshake, so that what follows means something.
+        let before = handshakes("success")?;
+        call(&certificate(&own, stranger, [-1, 1])?)?;
+        wait::until("a handshake to succeed", LIMIT, || Ok((handshakes("success")? > before).then_some(())))?;
+        // It says nothing, and a tunnel needs a header.
+        stage.announce_refusal("DPE");
+
+        stage.announce_refusal("TLS");
+        stage.announce_refusal("IDM");
+        let elsewhere = "spiffe://elsewhere.example/ns/legacy/sa/default";
+        for (code, certificate) in [
+            ("wrong_trust_domain", certificate(&own, elsewhere, [-1, 1])?),
+            ("expired", certificate(&own, stranger, [-2, -1])?),
+            ("not_yet_valid", certificate(&own, stranger, [1, 2])?),
+            ("bad_san", certificate(&own, "https://cluster.local/", [-1, 1])?),
+            ("unknown_issuer", certificate(&foreign, stranger, [-1, 1])?),
+            ("bad_signature", certificate(&impostor, stranger, [-1, 1])?),
+        ] {
+            let (before, good) = (handshakes("failure")?, handshakes("success")?);
+            call(&certificate)?;
+            wait::until(&format!("a handshake to fail for {code}"), LIMIT, || {
+                Ok((handshakes("failure")? > before).then_some(()))
+            })?;
+            ensure!(handshakes("success")? <= good, "{code}: the handshake succeeded");
+            let logs = stage.mesh.logs()?;
+            let named = |log: &str| log.contains(&format!("\"code\":\"{code}\""));
+            ensure!(
+                logs.iter().any(|(name, log)| name.starts_with("n2-") && named(log)),
+                "{code} is not in the log"
+            );
         }
         Ok(())
     })

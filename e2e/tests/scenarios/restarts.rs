@@ -35,7 +35,7 @@ fn end_load(mut load: Process) -> Result<LoadReport> {
 pub(crate) fn a_worker_that_is_killed_under_load_refuses_no_connection_and_sends_nothing_plain()
 -> Result<Outcome> {
     Stage::new()?.play(|stage| {
-        stage.announce_error("killed by SIGKILL");
+        stage.announce_error("the worker is gone");
         let _nginx = programs::nginx(&stage.far, 8080)?;
         let capture = Capture::start(&stage.mesh, 1, 2)?;
         // Connections that the worker holds die with it; a client sends idempotent requests again, as clients do. What
@@ -100,5 +100,101 @@ pub(crate) fn a_pod_whose_node_proxy_is_gone_is_refused_and_never_sent_out_plain
             let seen = talk::call(&stage.client, "look", stage.far.v4(), 7000)?;
             Ok((seen["answer"] == "ping").then_some(()))
         })
+    })
+}
+
+pub(crate) fn certificates_that_are_renewed_all_the_time_cost_no_request() -> Result<Outcome> {
+    let stage = Stage::unmeshed(&[])?;
+    stage.mesh.node_setting("/certificates/renew_after", serde_json::json!("2s"))?;
+    stage.start()?;
+    stage.play(|stage| {
+        let _nginx = programs::nginx(&stage.far, 8080)?;
+        let kept = start_load(stage, &["--concurrency", "4", "--rate", "200"])?;
+        let fresh = start_load(stage, &["--concurrency", "4", "--rate", "50", "--connection-per-request"])?;
+        for node in stage.mesh.nodes() {
+            let renewals = || -> Result<f64> {
+                let labels = [("result", "issued")];
+                Ok(node.metrics()?.sum("sockmesh_certificate_requests_total", &labels))
+            };
+            let before = renewals()?;
+            wait::until("five renewals", LIMIT, || Ok((renewals()? >= before + 5.0).then_some(())))?;
+        }
+        let (kept, fresh) = (end_load(kept)?, end_load(fresh)?);
+        ensure!(kept.failed == 0 && kept.connections == 4, "{kept:?}");
+        ensure!(fresh.failed == 0, "{fresh:?}");
+        Ok(())
+    })
+}
+
+pub(crate) fn a_pod_that_joins_and_leaves_all_the_time_costs_no_request() -> Result<Outcome> {
+    Stage::annotated(&[("sockmesh.io/mtls", "permissive")])?.play(|stage| {
+        let _nginx = programs::nginx(&stage.far, 8080)?;
+        let load = start_load(stage, &["--concurrency", "4", "--rate", "200", "--connection-per-request"])?;
+        for _ in 0..10 {
+            stage.mesh.unenrol(&stage.client)?;
+            answered(&load, 40)?;
+            stage.mesh.enrol(&stage.client)?;
+            answered(&load, 40)?;
+        }
+        let report = end_load(load)?;
+        ensure!(report.failed == 0, "{report:?}");
+        Ok(())
+    })
+}
+
+pub(crate) fn uninstalling_leaves_nothing_and_gives_the_network_back() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let echo = talk::serve(&stage.far, "echo", 7000)?;
+        for node in stage.mesh.nodes() {
+            ensure!(
+                stage.mesh.pin_dir(node).is_dir(),
+                "nothing is pinned in {}",
+                stage.mesh.pin_dir(node).display()
+            );
+            stage.mesh.uninstall(node)?;
+            ensure!(!stage.mesh.pin_dir(node).exists(), "{} is left", stage.mesh.pin_dir(node).display());
+            for dir in [node.run_dir(), node.state_dir()] {
+                let left = std::fs::read_dir(&dir).map_or(0, Iterator::count);
+                ensure!(left == 0, "{left} files are left in {}", dir.display());
+            }
+            node.wait_until_mesh_is_gone(LIMIT)?;
+        }
+        let seen = talk::call(&stage.client, "look", stage.far.v4(), 7000)?;
+        ensure!(seen["answer"] == "ping", "the pods do not reach each other any more: {seen}");
+        ensure!(echo.line_with("accepted", 1)?["accepted"] == stage.client.v4().to_string());
+        Ok(())
+    })
+}
+
+pub(crate) fn processes_have_the_rights_that_they_need_and_no_more() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let node = stage.mesh.node(1);
+        let mut users = Vec::new();
+        for (what, pids) in [("worker", node.worker_pids()?), ("keyd", node.keyd_pids()?)] {
+            ensure!(!pids.is_empty(), "there is no {what}");
+            for pid in pids {
+                let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+                let field = |name: &str| {
+                    let line = status.lines().find_map(|l| l.strip_prefix(name));
+                    line.map(|l| l.trim_start_matches(':').trim().to_owned()).unwrap_or_default()
+                };
+                for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+                    ensure!(
+                        u64::from_str_radix(&field(set), 16)? == 0,
+                        "{what} has capabilities: {set} {}",
+                        field(set)
+                    );
+                }
+                ensure!(field("NoNewPrivs") == "1", "{what} may gain rights");
+                // 2 is SECCOMP_MODE_FILTER (proc(5)).
+                ensure!(field("Seccomp") == "2", "{what} is not filtered: {}", field("Seccomp"));
+                let user = field("Uid");
+                ensure!(!user.split_whitespace().any(|id| id == "0"), "{what} is root");
+                users.push(user);
+            }
+        }
+        users.dedup();
+        ensure!(users.len() == 2, "worker and keyd are the same user: {users:?}");
+        Ok(())
     })
 }

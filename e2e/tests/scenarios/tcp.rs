@@ -59,7 +59,11 @@ pub(crate) fn databases_work_through_the_mesh() -> Result<Outcome> {
 }
 
 pub(crate) fn a_refused_connection_is_refused_or_reset_and_never_a_clean_end() -> Result<Outcome> {
-    Stage::new()?.play(|stage| {
+    let stage = Stage::unmeshed(&[])?;
+    // Longer than the clients wait: a refusal that waited for a silent client to speak would come too late.
+    stage.mesh.node_setting("/worker/detection/timeout", serde_json::json!("60s"))?;
+    stage.start()?;
+    stage.play(|stage| {
         refuse_closed_ports(stage)?;
         // Known before the connect: no endpoint at all.
         stage.announce_refusal("connect_refused_no_endpoint");

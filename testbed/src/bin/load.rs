@@ -184,6 +184,8 @@ impl Client {
 
     async fn check(&self, response: Response<Incoming>) -> Result<(), Failure> {
         let status = response.status();
+        let of_mesh = response.headers().get("x-sockmesh-reason").and_then(|v| v.to_str().ok());
+        let refused = format!("status {} {}", status.as_u16(), of_mesh.unwrap_or_default());
         let served_by =
             response.headers().get("x-served-by").and_then(|v| v.to_str().ok()).map(str::to_owned);
         {
@@ -199,7 +201,7 @@ impl Client {
             .await
             .map_err(|e| Failure::late(format!("body: {}", reason(&e))))?;
         if !status.is_success() && !status.is_redirection() {
-            return Err(Failure::late(format!("status {}", status.as_u16())));
+            return Err(Failure::late(refused.trim_end()));
         }
         if let Some(canary) = &self.args.canary
             && memchr::memmem::find(&body.to_bytes(), canary.as_bytes()).is_none()

@@ -1,0 +1,76 @@
+//! Much of everything.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::{Outcome, Stage, talk};
+use testbed::load::{LoadReport, load};
+use testbed::{Node, programs, wait};
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+pub(crate) fn five_thousand_http_connections_at_the_same_time_are_served() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let _nginx = programs::nginx(&stage.far, 8080)?;
+        let mut load = load(&stage.client)?
+            .arg(format!("http://{}:8080/", stage.far.v4()))
+            .args(["--concurrency", "5000", "--count", "7500", "--rate", "500", "--canary", "tweet"])
+            .args(["--timeout", "60"])
+            .spawn()?;
+        load.wait(LIMIT)?;
+        let report = LoadReport::last(&load)?;
+        ensure!(report.failed == 0 && report.ok == 7500, "{report:?}");
+        ensure!(report.connections == 5000, "{report:?}");
+        Ok(())
+    })
+}
+
+pub(crate) fn a_thousand_tcp_connections_at_the_same_time_are_each_their_own() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let _echo = talk::serve(&stage.far, "echo", 7000)?;
+        let seen = talk::call_with(&stage.client, "many", stage.far.v4(), 7000, &["1000"])?;
+        ensure!(seen["good"] == 1000, "{seen}");
+        Ok(())
+    })
+}
+
+/// Resident memory of a node's workers, in KiB.
+fn resident_kib(node: &Node) -> Result<u64> {
+    let mut sum = 0;
+    for pid in node.worker_pids()? {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        sum += line.trim().trim_end_matches(" kB").parse::<u64>()?;
+    }
+    Ok(sum)
+}
+
+pub(crate) fn readers_that_do_not_read_cost_little_memory() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let _flood = talk::serve(&stage.far, "flood", 7000)?;
+        let before: Vec<u64> = stage.mesh.nodes().iter().map(resident_kib).collect::<Result<_>>()?;
+        let mut readers = Vec::new();
+        for _ in 0..20 {
+            let mut reader =
+                talk::caller(&stage.client, "take-nothing", stage.far.v4().into(), 7000).spawn()?;
+            reader.wait_for_log("received", LIMIT)?;
+            readers.push(reader);
+        }
+        // All buffers on the way fill up; once nothing has moved for a while, nothing will.
+        let bytes = || stage.mesh.node(1).metrics().map(|m| m.sum("istio_tcp_received_bytes_total", &[]));
+        let (mut last, mut same) = (bytes()?, 0);
+        wait::until("the floods to stand still", LIMIT, || {
+            let now = bytes()?;
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+            Ok((same >= 10).then_some(()))
+        })?;
+        for (node, before) in stage.mesh.nodes().iter().zip(before) {
+            let grown = resident_kib(node)?.saturating_sub(before);
+            // A relay's two buffers of 32 KiB, TLS records and tasks: far below what an unbounded reader would take.
+            ensure!(grown < 20 * 512, "20 readers that do not read cost {} {grown} KiB", node.name());
+        }
+        Ok(())
+    })
+}
