@@ -22,6 +22,7 @@ test: ## style, crates, every test and scenario
 
 bench: build ## measures against direct connections and a pair of Envoys
 	@scripts/install-deps.sh run
+	@scripts/install-bench-deps.sh
 	$(SUDO) $(BIN)/bench $(ARGS)
 
 check: tools ## formatting, lints, licences and sources of crates

@@ -19,6 +19,7 @@ packages_run=(
     "iproute2           makes the network namespaces that stand for nodes and pods"
     "util-linux         enters them (nsenter, setpriv)"
     "tcpdump            looks for plain text between the nodes"
+    "openssl            certificates of applications that speak TLS themselves"
     "curl               HTTP client; reads the nodes' metrics"
     "nginx-light        web server in pods"
     "redis-server       database in pods"
@@ -50,7 +51,7 @@ as_root() {
 }
 
 apt_install() {
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends "$@" >/dev/null
 }
 
 # Installs packages without letting Debian start the services that some of them bring.

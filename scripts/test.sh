@@ -53,7 +53,7 @@ stage "scenarios" run_tests -p e2e -- --include-ignored --test-threads 1
 printf '\n=== summary\n'
 awk '/^ *Running / { sub(/^ *Running (unittests )?/, ""); sub(/ \(.*/, ""); name = $0; next }
      /^ *Doc-tests / { name = "documentation of " $2; next }
-     /^test .*FAILED$/ || /skipped: / { print "  " name ": " $0; next }
+     /^test .* FAILED( \(|$)/ || /skipped: / { print "  " name ": " $0; next }
      /^test result:/ { if ($4 + $6 + $8) print name ": " $0; passed += $4; failed += $6; ignored += $8 }
      END { printf "test result: %s. %d passed; %d failed; %d ignored, in all\n",
            (failed ? "FAILED" : "ok"), passed, failed, ignored }' "$output"
