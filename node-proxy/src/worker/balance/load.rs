@@ -6,6 +6,10 @@
 //! an answer that says "I cannot" (5xx, 429, gRPC `UNAVAILABLE` or `RESOURCE_EXHAUSTED`) counts as a very slow one,
 //! because failing fast must not attract traffic.
 //!
+//! An endpoint that has nothing to do and gave no sample for the length of a penalty is tried next, with one request: its
+//! estimate is a guess by then. Without this, one that failed once, or that has just been added, would get nothing beside
+//! fast ones for as long as a penalty takes to decay to their round trip, minutes at 100 µs.
+//!
 //! One word holds estimate and time of the last sample, so threads share an endpoint without a lock.
 
 use std::sync::Arc;
@@ -100,12 +104,24 @@ impl Load {
         (-elapsed / self.settings.decay.as_nanos().max(1) as f32).exp()
     }
 
-    /// What the next request would meet: round-trip estimate (ns) × (pending + 1). Lower is better.
+    /// Whether a sample of tick `then` is too old to say anything.
+    fn stale(&self, then: u32, now: u32) -> bool {
+        let ticks = (now.wrapping_sub(then) as i32).max(0) as u32;
+        u128::from(ticks) << TICK_SHIFT >= self.settings.penalty.as_nanos()
+    }
+
+    /// What the next request would meet: round-trip estimate (ns) × (pending + 1); 0 for an endpoint that is due to be
+    /// tried. Lower is better.
     #[must_use]
     pub fn score(&self, now: Instant) -> f32 {
-        let (estimate, tick) = unpack(self.estimate.load(Relaxed));
-        let estimate = estimate * self.weight(tick, (self.nanos(now) >> TICK_SHIFT) as u32);
-        estimate.max(FLOOR_NS) * (self.pending.load(Relaxed) as f32 + 1.0)
+        let (estimate, then) = unpack(self.estimate.load(Relaxed));
+        let tick = (self.nanos(now) >> TICK_SHIFT) as u32;
+        let pending = self.pending.load(Relaxed);
+        if pending == 0 && self.stale(then, tick) {
+            return 0.0;
+        }
+        let estimate = estimate * self.weight(then, tick);
+        estimate.max(FLOOR_NS) * (pending as f32 + 1.0)
     }
 
     /// Requests or connections that are on their way.
@@ -120,7 +136,7 @@ impl Load {
         let tick = (self.nanos(now) >> TICK_SHIFT) as u32;
         let _ = self.estimate.fetch_update(Relaxed, Relaxed, |word| {
             let (estimate, then) = unpack(word);
-            let next = if sample > estimate {
+            let next = if sample > estimate || self.stale(then, tick) {
                 sample
             } else {
                 let weight = self.weight(then, tick);
@@ -205,10 +221,25 @@ mod tests {
         let load = load();
         load.observe(Duration::from_secs(1), Instant::now());
         assert!((ms(&load) - 1000.0).abs() < 1.0);
-        tokio::time::advance(Duration::from_secs(10)).await;
-        assert!((ms(&load) - 367.9).abs() < 1.0, "after one decay time 1/e is left, not {}", ms(&load));
+        tokio::time::advance(Duration::from_secs(4)).await;
+        assert!((ms(&load) - 670.3).abs() < 1.0, "after 0.4 decay times e^-0.4 is left, not {}", ms(&load));
         load.observe(Duration::from_millis(10), Instant::now());
-        assert!((ms(&load) - (367.9 + 6.3)).abs() < 1.0, "{}", ms(&load));
+        assert!((ms(&load) - (670.3 + 3.3)).abs() < 1.0, "{}", ms(&load));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_endpoint_is_tried_again_after_a_penalty_and_judged_by_what_it_does_then() {
+        let load = load();
+        load.observe_failure(None, Instant::now());
+        tokio::time::advance(Duration::from_millis(4990)).await;
+        assert!(ms(&load) > 1000.0, "within the penalty it is left alone");
+        tokio::time::advance(Duration::from_millis(20)).await;
+        assert!(ms(&load) < f32::EPSILON, "then it is next");
+        load.begin();
+        assert!(ms(&load) > 1000.0, "with one request, not with all");
+        load.observe(Duration::from_millis(1), Instant::now());
+        load.end();
+        assert!((ms(&load) - 1.0).abs() < 0.1, "{}", ms(&load));
     }
 
     #[tokio::test(start_paused = true)]
