@@ -1,7 +1,6 @@
 //! What the data path asks of a byte stream, and the streams it uses.
 
 use std::io::{self, IoSlice};
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -40,17 +39,6 @@ pub enum Stream {
     Tls(Box<TlsStream<ReadAhead<TcpStream>>>),
     /// One stream of an HBONE tunnel.
     Hbone(Box<HboneStream>),
-}
-
-impl Stream {
-    /// The address of the far end of the socket underneath, where there is one of its own.
-    pub fn peer_addr(&self) -> Option<SocketAddr> {
-        match self {
-            Self::Plain(s) => s.peer_addr().ok(),
-            Self::Tls(s) => s.get_ref().0.get_ref().peer_addr().ok(),
-            Self::Hbone(_) => None,
-        }
-    }
 }
 
 impl Transport for Stream {

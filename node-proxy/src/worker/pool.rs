@@ -280,15 +280,6 @@ impl Pools {
         self.hbone.borrow_mut().retain(|(s, d), _| &**s != uid && &**d != uid);
     }
 
-    /// Connections that wait for a request, (HTTP/1, HTTP/2, HBONE).
-    pub fn sizes(&self) -> (usize, usize, usize) {
-        (
-            self.h1.borrow().values().map(Vec::len).sum(),
-            self.h2.borrow().values().map(|s| s.connections.len()).sum(),
-            self.hbone.borrow().len(),
-        )
-    }
-
     /// Closes idle connections that the peer closed, or that are too old.
     pub async fn sweep_forever(&self) {
         loop {
