@@ -17,6 +17,9 @@ use super::buffered::{Gauge, Share};
 const SMALL: usize = 512;
 /// Most that is joined, bytes.
 const JOINED: usize = 4 << 10;
+/// Longest first piece that goes with the head of a request, before the stream has a window, bytes. Every peer's window
+/// takes it, unless the peer went out of its way to offer less than the protocol's 64 KiB.
+const WITH_HEAD: usize = JOINED;
 
 /// Which side ended the movement.
 #[derive(Debug)]
@@ -44,6 +47,8 @@ pub(super) struct Pump {
     /// The window for `chunk` was not given back yet.
     chunk_owes_window: bool,
     kept: Option<Kept>,
+    /// The next piece goes with the head, see [`Pump::with_head`].
+    with_head: bool,
     /// The message was read to its end; its trailers if they may be needed again.
     source_end: Option<Option<HeaderMap>>,
     bytes: u64,
@@ -53,13 +58,27 @@ impl Pump {
     /// Moves what `recv` brings, once.
     pub(super) fn new(recv: RecvStream) -> Self {
         let source_end = recv.is_end_stream().then_some(None);
-        Self { recv, chunk: Bytes::new(), chunk_owes_window: false, kept: None, source_end, bytes: 0 }
+        Self {
+            recv,
+            chunk: Bytes::new(),
+            chunk_owes_window: false,
+            kept: None,
+            with_head: false,
+            source_end,
+            bytes: 0,
+        }
     }
 
     /// Keeps up to `cap` bytes, counted on `gauge`, for [`Pump::rewind`].
     pub(super) fn keeping(mut self, cap: usize, gauge: &Arc<Gauge>) -> Self {
         self.kept = Some(Kept { bytes: BytesMut::new(), cap, share: Share::new(gauge, 0) });
         self
+    }
+
+    /// Hands a small first piece over although the sink has no window yet: h2 gives a stream its window when it sends the
+    /// stream's head, so that to wait for it would make two packets of every small request with a body.
+    pub(super) fn with_head(&mut self) {
+        self.with_head = true;
     }
 
     /// The message has no body and no trailers.
@@ -153,7 +172,11 @@ impl Pump {
                 if !gauge.has_room(cx) {
                     return Poll::Pending;
                 }
-                let capacity = ready!(poll_capacity(cx, sink, self.chunk.len()))?;
+                let capacity = if std::mem::take(&mut self.with_head) && self.chunk.len() <= WITH_HEAD {
+                    self.chunk.len()
+                } else {
+                    ready!(poll_capacity(cx, sink, self.chunk.len()))?
+                };
                 let piece = self.chunk.split_to(capacity.min(self.chunk.len()));
                 let sent = piece.len();
                 let last = self.chunk.is_empty() && self.at_end_without_trailers();

@@ -273,6 +273,7 @@ async fn attempt<C: Call>(
         Err(error) => return Attempt::Failed(failure(&error, false, false)),
     };
     drop(handle);
+    upload.with_head();
     let reused = response.stream_id().as_u32() > 1;
     let per_try = call.per_try_timeout();
     clock.per_try = if sent { per_try.map(|wait| Instant::now() + wait) } else { None };

@@ -49,6 +49,64 @@ fn bodies_and_trailers_pass_both_ways() {
     });
 }
 
+/// A stream that counts its writes.
+struct Counted(DuplexStream, Rc<Cell<usize>>);
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        let written = std::task::ready!(Pin::new(&mut self.0).poll_write(cx, buf))?;
+        self.1.set(self.1.get() + 1);
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+impl Transport for Counted {
+    fn abort(&mut self) {}
+}
+
+#[test]
+fn a_small_request_body_leaves_with_its_head_in_one_write() {
+    on_worker(async {
+        let script = Script::new();
+        let writes = Rc::new(Cell::new(0));
+        let (near, far) = tokio::io::duplex(64 << 10);
+        upstream_over(&script, Counted(near, Rc::clone(&writes)), Counted(far, Rc::default()), echo).await;
+        let (near, _) = proxy(&script, HttpLimits::default());
+        let mut client = client(near).await;
+        // The first one also brings the acknowledgement of the upstream's settings.
+        for first in [true, false] {
+            let before = writes.get();
+            let (response, mut body) = client.send_request(grpc("/pkg.Service/Unary"), false).unwrap();
+            body.send_data(Bytes::from_static(b"question"), true).unwrap();
+            let mut response = response.await.unwrap();
+            assert_eq!(read(response.body_mut()).await.unwrap().0, b"question");
+            assert!(first || writes.get() - before == 1, "{} writes", writes.get() - before);
+        }
+    });
+}
+
 #[test]
 fn a_large_body_passes_a_slow_reader_with_little_memory_in_between() {
     on_worker(async {
