@@ -1,15 +1,20 @@
 //! `sockmesh-node`: the proxy of one node, in three processes and a few commands that talk to them.
 
+use std::ffi::OsString;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 use node_proxy::agent::{self, Reply, Request};
+use node_proxy::child::{ChildArguments, LogArguments, Role};
 use node_proxy::config::{NodeConfig, NodeSettings};
 use node_proxy::sys::rights::{self, Rights};
-use node_proxy::sys::seccomp::{Filter, Violation};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
@@ -50,7 +55,6 @@ enum Command {
     /// SIGTERM and Ctrl-C end the agent alone: worker and keyd go on serving, and the next agent adopts them. `--stop-all`
     /// ends a running agent with everything below it; capture stays in place then, so fail-closed pods are refused rather
     /// than sent out in plain. `sockmesh-node uninstall` removes every trace.
-    #[command(after_long_help = settings_help())]
     Agent(AgentArgs),
     /// Enrols a running pod; returns when capture, certificate and policy are in place. Again is no error.
     Enrol(EnrolArgs),
@@ -60,12 +64,6 @@ enum Command {
     Status(StatusArgs),
     /// Ends agent, worker and keyd and removes every pin, socket and file of the mesh from this node.
     Uninstall(NodeArgs),
-    /// The process that carries the pods' streams; started by the agent.
-    #[command(hide = true)]
-    Worker(ChildArgs),
-    /// The process that holds the pods' keys; started by the agent.
-    #[command(hide = true)]
-    Keyd(ChildArgs),
 }
 
 /// Where the node's configuration comes from.
@@ -211,25 +209,6 @@ enum Output {
     Json,
 }
 
-#[derive(Args)]
-struct ChildArgs {
-    /// User and group to become.
-    #[arg(long)]
-    uid: u32,
-    /// Most open files.
-    #[arg(long)]
-    files: u64,
-    /// What a forbidden system call does.
-    #[arg(long, value_enum, default_value_t = SeccompArg::Kill)]
-    seccomp: SeccompArg,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum SeccompArg {
-    Kill,
-    Log,
-}
-
 fn settings_help() -> String {
     format!("Settings (in --config as nested YAML, or with --set NAME=VALUE):\n{}", NodeConfig::reference())
 }
@@ -239,30 +218,44 @@ fn name_and_value(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), value.to_owned()))
 }
 
-fn start_log(format: LogFormat, level: &str) -> anyhow::Result<()> {
-    let filter =
-        EnvFilter::try_new(level).with_context(|| format!("--log-level {level:?} is not a filter"))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match format {
-        LogFormat::Text => log.with_ansi(false).init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
-    }
+fn start_log(log: &LogArguments) -> anyhow::Result<()> {
+    let level = &log.level;
+    let filter: Targets = level.parse().with_context(|| format!("--log-level {level:?} is not a filter"))?;
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    let lines = match LogFormat::from_str(&log.format, false) {
+        Ok(LogFormat::Text) => lines.boxed(),
+        Ok(LogFormat::Json) => lines.json().flatten_event(true).boxed(),
+        Err(_) => anyhow::bail!("{:?} is no form of a log; there are text and json", log.format),
+    };
+    tracing_subscriber::registry().with(filter).with(lines).init();
     Ok(())
 }
 
 /// Takes the control socket from standard input and gives up every right.
-fn become_child(args: &ChildArgs, filter: Filter) -> anyhow::Result<std::os::fd::OwnedFd> {
-    use std::os::fd::AsFd;
+fn become_child(arguments: &ChildArguments) -> anyhow::Result<OwnedFd> {
     let control =
         std::io::stdin().as_fd().try_clone_to_owned().context("no control socket on standard input")?;
     let null = std::fs::File::open("/dev/null").context("cannot open /dev/null")?;
     rustix::stdio::dup2_stdin(&null).context("cannot put /dev/null in the place of standard input")?;
-    let violation = match args.seccomp {
-        SeccompArg::Kill => Violation::Kill,
-        SeccompArg::Log => Violation::Log,
-    };
-    rights::give_up(Rights { uid: args.uid, files: args.files, filter, violation })?;
+    rights::give_up(Rights {
+        uid: arguments.uid,
+        files: arguments.files,
+        filter: arguments.role.filter(),
+        violation: arguments.violation(),
+    })?;
     Ok(control)
+}
+
+/// A process below the agent, from its start to its end.
+fn run_child(arguments: &ChildArguments) -> anyhow::Result<()> {
+    start_log(&arguments.log)?;
+    let control = become_child(arguments)?;
+    match arguments.role {
+        Role::Worker => node_proxy::worker::run(control),
+        Role::Keyd => {
+            Ok(node_proxy::keyd::serve(&UnixListener::from(control), node_proxy::keyd::Settings::default())?)
+        }
+    }
 }
 
 /// A thread for the agent; the few seconds of a command need none more.
@@ -284,23 +277,13 @@ fn print_reply(reply: Option<Reply>, run_dir: &std::path::Path, output: Output) 
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    start_log(cli.log_format, &cli.log_level)?;
-    let log_arguments =
-        ["--log-format", cli.log_format.name(), "--log-level", &cli.log_level].map(str::to_owned).to_vec();
+    let log = LogArguments { format: cli.log_format.name().to_owned(), level: cli.log_level };
+    start_log(&log)?;
     let ask = |run_dir: PathBuf, request: Request, output: Output| {
         let reply = runtime()?.block_on(agent::ask(&run_dir, &request))?;
         print_reply(reply, &run_dir, output)
     };
     match cli.command {
-        Command::Worker(args) => {
-            let control = become_child(&args, Filter::Worker)?;
-            node_proxy::worker::run(control)
-        }
-        Command::Keyd(args) => {
-            let control = become_child(&args, Filter::Keyd)?;
-            let control = std::os::unix::net::UnixListener::from(control);
-            Ok(node_proxy::keyd::serve(&control, node_proxy::keyd::Settings::default())?)
-        }
         Command::Agent(args) if args.stop_all => {
             let config = args.node.load(args.overrides())?;
             runtime()?.block_on(agent::stop(&config.node.run_dir))?;
@@ -309,7 +292,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Agent(args) => {
             let config = args.node.load(args.overrides())?;
-            runtime()?.block_on(agent::run(config, log_arguments))
+            runtime()?.block_on(agent::run(config, log))
         }
         Command::Enrol(args) => {
             let request = Request::Enrol { uid: args.uid, netns: args.netns, timeout_ms: args.timeout_ms };
@@ -326,8 +309,24 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
+/// The command line of people. The settings are described only for those who ask: that text takes longer than all else.
+fn command_line(words: &[OsString]) -> Result<Cli, clap::Error> {
+    let mut command = Cli::command();
+    if words.iter().any(|word| word == "--help" || word == "help") {
+        command = command.mut_subcommand("agent", |agent| agent.after_long_help(settings_help()));
+    }
+    let program = OsString::from("sockmesh-node");
+    Cli::from_arg_matches(&command.try_get_matches_from(std::iter::once(&program).chain(words))?)
+}
+
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let result = match ChildArguments::read(&words) {
+        Ok(Some(arguments)) => run_child(&arguments),
+        Ok(None) => run(command_line(&words).unwrap_or_else(|error| error.exit())),
+        Err(error) => Err(error.into()),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("sockmesh-node: {error:#}");

@@ -14,7 +14,8 @@ use parking_lot::Mutex;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::process::{self, Launcher, Restarts, Role};
+use super::process::{self, Launcher, Restarts};
+use crate::child::Role;
 use crate::ipc::proto::{DropKey, FromKeyd, KeydCounters, KeydHello, NewKey, SignChannel, ToKeyd, to_keyd};
 use crate::ipc::stream::{FrameReader, FrameWriter, split};
 
@@ -139,7 +140,7 @@ pub(super) async fn supervise(
     current: watch::Sender<Option<Arc<KeydClient>>>,
     restarts_seen: Arc<AtomicU64>,
 ) {
-    let path = Role::Keyd.socket(&launcher.run_dir);
+    let path = process::socket(Role::Keyd, &launcher.run_dir);
     let mut restarts = Restarts::new(&launcher.settings);
     loop {
         restarts.started();

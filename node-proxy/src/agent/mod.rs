@@ -47,6 +47,7 @@ pub use requests::{Reply, Request, ask};
 pub use status::{PodStatus, StatusDocument};
 pub use uninstall::{stop, uninstall};
 
+use crate::child::LogArguments;
 use crate::config::NodeConfig;
 use controller::Controller;
 use disk::Disk;
@@ -162,11 +163,11 @@ fn lock(run_dir: &Path) -> anyhow::Result<Flock<std::fs::File>> {
     })
 }
 
-/// Runs the agent until it is told to end. `log_arguments` go to the processes below it.
+/// Runs the agent until it is told to end. `log` goes to the processes below it.
 ///
 /// # Errors
 /// What keeps it from starting, for a person.
-pub async fn run(mut config: NodeConfig, log_arguments: Vec<String>) -> anyhow::Result<()> {
+pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()> {
     if !rustix::process::geteuid().is_root() {
         anyhow::bail!("the agent needs root: it loads BPF programs and enters the pods' network namespaces");
     }
@@ -212,8 +213,7 @@ pub async fn run(mut config: NodeConfig, log_arguments: Vec<String>) -> anyhow::
         }
     }
     let (keyd_sender, keyd) = watch::channel(None);
-    let launcher =
-        Launcher { run_dir: config.node.run_dir.clone(), settings: config.processes.clone(), log_arguments };
+    let launcher = Launcher { run_dir: config.node.run_dir.clone(), settings: config.processes.clone(), log };
     let agent = Arc::new(Agent {
         netns: NetnsThread::start(&config.worker.timeouts).context("cannot start the namespace thread")?,
         controller: Controller::new(config.controller.clone()),

@@ -20,36 +20,21 @@ use rustix::process::Signal;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
+use crate::child::{ChildArguments, LogArguments, Role};
 use crate::config::ProcessSettings;
+use crate::sys::allocator;
 
 /// A process that lived this long did not crash on start: the next one is started at once.
 const HEALTHY_LIFE: Duration = Duration::from_secs(1);
 /// How long a process may take to end after it was asked to.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Which process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Role {
-    Worker,
-    Keyd,
-}
-
-impl Role {
-    /// Subcommand and name in messages.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Worker => "worker",
-            Self::Keyd => "keyd",
-        }
-    }
-
-    /// The process's socket.
-    pub(super) fn socket(self, run_dir: &Path) -> PathBuf {
-        run_dir.join(match self {
-            Self::Worker => "worker-0.sock",
-            Self::Keyd => "keyd.sock",
-        })
-    }
+/// The socket of a process.
+pub(super) fn socket(role: Role, run_dir: &Path) -> PathBuf {
+    run_dir.join(match role {
+        Role::Worker => "worker-0.sock",
+        Role::Keyd => "keyd.sock",
+    })
 }
 
 /// How processes are started.
@@ -57,8 +42,7 @@ impl Role {
 pub(super) struct Launcher {
     pub(super) run_dir: PathBuf,
     pub(super) settings: ProcessSettings,
-    /// Form and level of the log.
-    pub(super) log_arguments: Vec<String>,
+    pub(super) log: LogArguments,
 }
 
 /// Connects to the process behind `path`; `None` when none lives.
@@ -79,7 +63,7 @@ impl Launcher {
     /// # Errors
     /// When its socket cannot be made or the program not be run.
     pub(super) fn start(&self, role: Role) -> io::Result<Child> {
-        let path = role.socket(&self.run_dir);
+        let path = socket(role, &self.run_dir);
         let about = |e: io::Error| io::Error::new(e.kind(), format!("cannot make {}: {e}", path.display()));
         match fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(about(e)),
@@ -91,14 +75,21 @@ impl Launcher {
             Role::Worker => self.settings.worker_uid,
             Role::Keyd => self.settings.keyd_uid,
         };
+        let arguments = ChildArguments {
+            role,
+            log: self.log.clone(),
+            uid,
+            files: self.settings.worker_files,
+            seccomp: self.settings.seccomp,
+        };
         // The program that runs now, whatever has been put in its place since.
-        Command::new("/proc/self/exe")
-            .arg0("sockmesh-node")
-            .arg(role.name())
-            .args(&self.log_arguments)
-            .args(["--uid", &uid.to_string()])
-            .args(["--files", &self.settings.worker_files.to_string()])
-            .args(["--seccomp", self.settings.seccomp.name()])
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("sockmesh-node").args(arguments.to_words());
+        if role == Role::Worker {
+            let (name, value) = allocator::WORKER_SETTINGS;
+            command.env(name, value);
+        }
+        command
             .stdin(Stdio::from(OwnedFd::from(listener)))
             .kill_on_drop(false)
             .spawn()

@@ -8,8 +8,9 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::net::UnixStream;
 
-use super::process::{self, Role};
+use super::process;
 use super::requests::{Reply, Request, ask};
+use crate::child::Role;
 use crate::config::NodeConfig;
 use crate::ipc::proto::{
     FromKeyd, Hello, KeydHello, ToAgent, ToKeyd, ToWorker, to_agent, to_keyd, to_worker,
@@ -39,7 +40,7 @@ pub async fn stop(run_dir: &Path) -> anyhow::Result<()> {
     }
     // Left over from an agent that is gone, or one that could not reach them.
     for role in [Role::Worker, Role::Keyd] {
-        let path = role.socket(run_dir);
+        let path = process::socket(role, run_dir);
         if let Some(stream) = process::find(&path).await? {
             let pid =
                 tokio::time::timeout(HELLO_TIMEOUT, pid_of(role, stream)).await.with_context(|| {

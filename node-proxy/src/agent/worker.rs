@@ -19,8 +19,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::keyd::KeydClient;
 use super::netns::Listeners;
-use super::process::{self, Launcher, Restarts, Role};
+use super::process::{self, Launcher, Restarts};
 use super::{Agent, pods};
+use crate::child::Role;
 use crate::ipc::proto::{
     Answer, Applied, Certificate, Config, Family, Hello, HelloAck, Keyd, Listener, ListenerKind, Maps,
     PodAdded, PodRemoved, Query, QueryKind, SocketRequest, Sockets, ToAgent, ToWorker, to_agent, to_worker,
@@ -169,7 +170,7 @@ impl WorkerLink {
 
 /// Keeps one worker alive; ends only when aborted.
 pub(super) async fn supervise(agent: Arc<Agent>, launcher: Launcher) {
-    let path = Role::Worker.socket(&launcher.run_dir);
+    let path = process::socket(Role::Worker, &launcher.run_dir);
     let mut restarts = Restarts::new(&launcher.settings);
     loop {
         restarts.started();
