@@ -47,8 +47,9 @@ stage "formatting" cargo fmt --all --check
 stage "lints" cargo clippy --release --locked --workspace --all-targets --quiet -- -D warnings
 stage "crates: licences, sources, bans" scripts/check-crates.sh
 must "build" cargo build --release --locked --workspace
-stage "unit and integration tests" run_tests --workspace --exclude e2e -- --include-ignored
-stage "scenarios" run_tests -p e2e -- --include-ignored --test-threads 1
+# Both stages select the whole workspace, or crates would be built again with other features of what they depend on.
+stage "unit and integration tests" run_tests --workspace -- --include-ignored --skip scenarios::
+stage "scenarios" run_tests --workspace --test scenarios -- --include-ignored --test-threads 1
 
 printf '\n=== summary\n'
 awk '/^ *Running / { sub(/^ *Running (unittests )?/, ""); sub(/ \(.*/, ""); name = $0; next }
