@@ -24,6 +24,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) contenders: &'a [Contender],
     /// The Envoy binary.
     pub(crate) envoy: Option<&'a Path>,
+    /// The sockmesh-node binary.
+    pub(crate) node: &'a Path,
     /// Pods enrolled on the first node, at least two.
     pub(crate) pods: usize,
     /// TCP congestion control in all pods.
@@ -54,8 +56,9 @@ struct Inside {
 impl Ground {
     /// Builds what the contenders need.
     pub(crate) fn build(setup: &Setup<'_>) -> Result<Self> {
-        let Setup { contenders, envoy, pods, .. } = *setup;
+        let Setup { contenders, envoy, node, pods, .. } = *setup;
         let mesh = Mesh::builder().nodes(2).build()?;
+        mesh.agent_program(node);
         mesh.namespace("plain", &[], &[])?;
         let client = mesh.pod(PodSpec::new("plain", "plain-client").node(1).service_account("client"))?;
         let server = mesh.pod(PodSpec::new("plain", "plain-server").node(2).service_account("server"))?;

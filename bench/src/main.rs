@@ -62,6 +62,10 @@ struct Args {
     /// The Envoy binary; that of scripts/install-bench-deps.sh unless told.
     #[arg(long)]
     envoy: Option<PathBuf>,
+    /// The sockmesh-node binary to measure, such as the one that ships (`cargo build --profile dist -p node-proxy`); the one
+    /// beside this program unless told.
+    #[arg(long, value_name = "FILE")]
+    node: Option<PathBuf>,
     /// TCP congestion control in all pods, one of net.ipv4.tcp_allowed_congestion_control; that of the machine unless
     /// told.
     #[arg(long)]
@@ -84,6 +88,7 @@ struct Plan {
     connections: usize,
     pods: usize,
     envoy: Option<PathBuf>,
+    node: PathBuf,
     congestion: String,
     profile: Option<PathBuf>,
 }
@@ -123,6 +128,11 @@ impl Args {
             connections: self.idle_connections()?,
             pods: self.pods.unwrap_or(if self.quick { 10 } else { 100 }).max(2),
             envoy,
+            node: match &self.node {
+                Some(file) if file.is_file() => std::path::absolute(file)?,
+                Some(file) => bail!("--node {}: there is no such file", file.display()),
+                None => testbed::control::binary("sockmesh-node")?,
+            },
             congestion: match &self.congestion {
                 Some(name) => name.clone(),
                 None => read("/proc/sys/net/ipv4/tcp_congestion_control")?.trim().to_owned(),
@@ -137,6 +147,7 @@ impl Plan {
         Setup {
             contenders: &self.contenders,
             envoy: self.envoy.as_deref(),
+            node: &self.node,
             pods,
             congestion: &self.congestion,
         }
@@ -293,6 +304,7 @@ fn environment(plan: &Plan) -> Result<Environment> {
         cpus: std::thread::available_parallelism().context("cannot count CPUs")?.get(),
         kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
         envoy: plan.envoy.as_deref().map(Path::to_owned).map(|e| envoy::version(&e)).transpose()?,
+        node: plan.node.display().to_string(),
         congestion: plan.congestion.clone(),
         timing: plan.timing,
         load_before: read("/proc/loadavg")?.split(' ').next().and_then(|w| w.parse().ok()).unwrap_or(0.0),
@@ -309,5 +321,8 @@ fn environment(plan: &Plan) -> Result<Environment> {
         plan.timing.warmup_ms,
         environment.load_before
     );
+    if plan.contenders.iter().any(|c| matches!(c, Contender::Mesh | Contender::SameNode)) {
+        eprintln!("the mesh is {}", environment.node);
+    }
     Ok(environment)
 }

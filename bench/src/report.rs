@@ -17,6 +17,8 @@ pub(crate) struct Environment {
     pub(crate) cpus: usize,
     pub(crate) kernel: String,
     pub(crate) envoy: Option<String>,
+    /// The sockmesh-node that was measured: its directory tells the profile.
+    pub(crate) node: String,
     /// TCP congestion control in all pods.
     pub(crate) congestion: String,
     pub(crate) timing: Timing,

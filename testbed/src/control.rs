@@ -37,6 +37,8 @@ pub(crate) struct Control {
     agents: Vec<(u8, Process)>,
     controller_args: Vec<String>,
     node_settings: Value,
+    /// Another build of `sockmesh-node` than the one beside the running program.
+    agent_program: Option<PathBuf>,
 }
 
 impl Control {
@@ -47,7 +49,12 @@ impl Control {
             agents: Vec::new(),
             controller_args: Vec::new(),
             node_settings: json!({}),
+            agent_program: None,
         }
+    }
+
+    fn agent_program(&self) -> Result<PathBuf> {
+        self.agent_program.clone().map_or_else(|| binary("sockmesh-node"), Ok)
     }
 
     pub(crate) fn stop_all(&mut self) {
@@ -87,6 +94,12 @@ impl Mesh {
         }
         *place = value;
         Ok(())
+    }
+
+    /// Sets the `sockmesh-node` whose agent, worker and keyd the nodes run, before [`Mesh::start`]: another build than the
+    /// one beside the running program, which still talks to the agent.
+    pub fn agent_program(&self, file: &Path) {
+        self.control.lock().agent_program = Some(file.to_owned());
     }
 
     /// Starts the controller and all agents and waits until every node is ready.
@@ -180,7 +193,7 @@ impl Mesh {
             serde_saphyr::to_string(&settings).context("cannot write the node's configuration as YAML")?;
         write(&config, &text)?;
         let mut process = node
-            .launch(binary("sockmesh-node")?)
+            .launch(control.agent_program()?)
             .label("agent")
             .open_files(NODE_FILES)
             .args(["--log-format", "json", "agent", "--config"])
@@ -246,7 +259,8 @@ impl Mesh {
     /// # Errors
     /// When it fails or leaves the agent running.
     pub fn uninstall(&self, node: &Node) -> Result<()> {
-        let uninstall = node.launch(binary("sockmesh-node")?).label("uninstall").arg("uninstall");
+        let program = self.control.lock().agent_program()?;
+        let uninstall = node.launch(program).label("uninstall").arg("uninstall");
         uninstall.arg("--config").arg(node.config_file()).output()?.ok()?;
         let mut control = self.control.lock();
         if let Some(at) = control.agents.iter().position(|(n, _)| *n == node.number()) {
