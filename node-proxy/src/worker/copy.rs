@@ -68,7 +68,8 @@ enum Step {
 
 impl Direction {
     fn with_pending(pending: Bytes) -> Self {
-        Self { pending, ..Self::default() }
+        // What was written before the copy may not have left yet.
+        Self { pending, unflushed: true, ..Self::default() }
     }
 
     /// Moves what can be moved now. `Pending` has registered wake-ups for whatever it waits on.

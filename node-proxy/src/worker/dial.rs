@@ -17,11 +17,12 @@ use super::mesh::WorkloadEntry;
 use super::pods::LocalPod;
 use super::pool::WayKind;
 use super::read_ahead::ReadAhead;
-use super::reason::Reason;
+use super::reason::{Reason, Reasons};
 use super::shared::Shared;
 use super::telemetry::Side;
 use super::thread::Thread;
 use super::tunnel::HBONE_ALPN;
+use super::tunnel::answer::Failure;
 use super::tunnel::hbone::client::{self as hbone_client, HboneError};
 use super::tunnel::hbone::{ConnectRequest, HboneStream};
 use super::tunnel::header::{ALPN, TunnelHeader};
@@ -92,6 +93,11 @@ impl Way {
         }
     }
 
+    /// Whether the far side says what came of its connect before the application's bytes ([`super::tunnel::answer`]).
+    pub fn answers(&self, protocol: AppProtocol) -> bool {
+        matches!(self, Self::Native(_)) && is_opaque(protocol)
+    }
+
     /// Whether both ends are authenticated.
     pub fn is_authenticated(&self) -> bool {
         !matches!(self, Self::Plain(_))
@@ -122,6 +128,12 @@ pub enum DialError {
     /// The far end of the tunnel refused the connection.
     #[error("the node of {0} refused the tunnel: {1}")]
     Tunnel(SocketAddr, HboneError),
+    /// The tunnel stands, but the application at its far end was not reached.
+    #[error("the node of {0} says: {text}", text = .1.text())]
+    Far(SocketAddr, Failure),
+    /// The tunnel ended before its far end said whether it reached the application.
+    #[error("the tunnel to {0} ended before the application was reached: {1}")]
+    Unanswered(SocketAddr, io::Error),
     /// The tunnel target would be the tunnel itself.
     #[error("{0} is the mesh's own port")]
     OwnPort(SocketAddr),
@@ -136,6 +148,8 @@ impl DialError {
             Self::NoCertificate(..) => Reason::NoCertificate,
             Self::Tls(_, refusal) if refusal.is_identity() => Reason::IdentityMismatch,
             Self::Tls(..) => Reason::TlsFailure,
+            Self::Far(_, failure) => failure.reason(),
+            Self::Unanswered(..) => Reason::UpstreamTermination,
             Self::OwnPort(_) => Reason::NoRoute,
         }
     }
@@ -143,10 +157,24 @@ impl DialError {
     /// Whether it says something about the endpoint, and not about this node or the pod that the connection is for.
     pub fn is_endpoints(&self) -> bool {
         match self {
-            Self::Connect(..) | Self::ConnectTimeout(..) | Self::TlsTimeout(..) | Self::Tunnel(..) => true,
+            Self::Connect(..)
+            | Self::ConnectTimeout(..)
+            | Self::TlsTimeout(..)
+            | Self::Tunnel(..)
+            | Self::Unanswered(..) => true,
+            Self::Far(_, failure) => failure.is_endpoints(),
             Self::Tls(_, refusal) => !matches!(refusal, Refusal::Signing(_) | Refusal::NoTrust),
             Self::Socket(..) | Self::NoCertificate(..) | Self::OwnPort(_) => false,
         }
+    }
+
+    /// All flags that stand for it: what failed is always the connect, whatever the far end's reason.
+    pub fn reasons(&self) -> Reasons {
+        let mut reasons = Reasons::from(self.reason());
+        if matches!(self, Self::Far(..) | Self::Unanswered(..)) {
+            reasons.add(Reason::UpstreamConnectFailure);
+        }
+        reasons
     }
 
     /// What an HTTP client is told.
@@ -225,6 +253,24 @@ pub struct Purpose {
     pub service: Option<Arc<str>>,
 }
 
+impl Purpose {
+    /// The same as the header of a native tunnel.
+    pub fn header(&self) -> TunnelHeader {
+        TunnelHeader {
+            source: self.client,
+            destination: self.destination,
+            protocol: self.protocol,
+            service: self.service.as_deref().map(str::to_owned),
+            report: is_opaque(self.protocol),
+        }
+    }
+}
+
+/// Whether only the far end of a tunnel can tell that the application was not reached. In HTTP it answers a request.
+fn is_opaque(protocol: AppProtocol) -> bool {
+    matches!(protocol, AppProtocol::Tcp | AppProtocol::Tls | AppProtocol::Detect)
+}
+
 /// A connection to an endpoint, whose bytes are the application's. A native tunnel's header is put into
 /// [`H1Upstream::preface`], so that it leaves together with the first bytes.
 pub async fn connect(
@@ -245,13 +291,7 @@ pub async fn connect(
         }
         Way::Plain(_) => Stream::Plain(tcp(shared, source, destination, None).await?),
         Way::Native(workload) => {
-            let header = TunnelHeader {
-                source: purpose.client,
-                destination,
-                protocol: purpose.protocol,
-                service: purpose.service.as_deref().map(str::to_owned),
-            };
-            header.encode(&mut preface);
+            purpose.header().encode(&mut preface);
             Stream::Tls(tls(shared, source, workload, destination, ALPN).await?)
         }
         Way::Hbone(workload) => {

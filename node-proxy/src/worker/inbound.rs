@@ -35,6 +35,7 @@ use super::sockets::canonical;
 use super::telemetry::{Direction, Side};
 use super::thread::Thread;
 use super::tunnel::HBONE_ALPN;
+use super::tunnel::answer;
 use super::tunnel::hbone;
 use super::tunnel::hbone::server::{Incoming, TunnelEnd};
 use super::tunnel::header::{self, TunnelHeader};
@@ -61,6 +62,8 @@ pub struct Inbound {
     pub service: Option<Arc<ServiceState>>,
     /// What the bytes are, once that is known.
     pub protocol: AppProtocol,
+    /// The source waits to be told whether the application was reached ([`answer`]).
+    pub report: bool,
 }
 
 impl Inbound {
@@ -144,9 +147,13 @@ fn refuse(
     reason: Reason,
     what: &str,
 ) {
+    count_refusal(thread, pod, peer, reason, what);
+    stream.abort();
+}
+
+fn count_refusal(thread: &Thread, pod: &LocalPod, peer: SocketAddr, reason: Reason, what: &str) {
     thread.shared.metrics.refused(Direction::Inbound, reason);
     tracing::info!(pod = %pod.uid, %peer, reason = reason.flag(), what, "inbound connection refused");
-    stream.abort();
 }
 
 /// Without a tunnel: from outside the mesh, from a permissive neighbour, or from this node.
@@ -190,6 +197,7 @@ async fn plain(
         local,
         service: found.map(|(service, _)| service),
         protocol,
+        report: false,
     };
     to_application(ctx, Stream::Plain(stream), BytesMut::new(), None).await;
 }
@@ -301,8 +309,13 @@ impl Tunnel {
         };
         let _ = read.split_to(len);
         let service = header.service.as_deref().map(str::to_owned);
-        match self.context(header.destination, header.source.port(), service.as_deref(), header.protocol) {
+        let TunnelHeader { destination, protocol, report, .. } = header;
+        match self.context(destination, header.source.port(), service.as_deref(), protocol, report) {
             Ok(ctx) => to_application(ctx, stream, read, None).await,
+            Err((reason, what)) if report => {
+                count_refusal(&self.thread, &self.pod, self.address, reason, what);
+                answer::failed(stream, reason.into()).await;
+            }
             Err((reason, what)) => refuse(stream, reason, what),
         }
     }
@@ -327,7 +340,9 @@ impl Tunnel {
     async fn hbone_stream(&self, mut incoming: Incoming) {
         let client_port = incoming.request.forwarded_for.map_or(self.address.port(), |client| client.port());
         let context = match incoming.request.destination() {
-            Some(destination) => self.context(canonical(destination), client_port, None, AppProtocol::Detect),
+            Some(destination) => {
+                self.context(canonical(destination), client_port, None, AppProtocol::Detect, false)
+            }
             None => Err((Reason::NoRoute, "the tunnel leads to a name, not an address")),
         };
         let ctx = match context {
@@ -370,6 +385,7 @@ impl Tunnel {
         client_port: u16,
         service: Option<&str>,
         protocol: AppProtocol,
+        report: bool,
     ) -> Result<Inbound, (Reason, &'static str)> {
         // One HBONE connection serves all addresses of the pod, whichever of them it was made to.
         if destination.ip() != self.local.ip()
@@ -406,6 +422,7 @@ impl Tunnel {
             local: destination,
             service: named.or(found.map(|(service, _)| service)),
             protocol,
+            report,
         })
     }
 }
@@ -417,6 +434,22 @@ async fn to_application(
     mut read: BytesMut,
     mut application: Option<H1Upstream<Stream>>,
 ) {
+    if ctx.report {
+        // What is declared to be HTTP answers each request, so there is nothing to wait for.
+        if !matches!(ctx.protocol, AppProtocol::Http1 | AppProtocol::Http2 | AppProtocol::Grpc) {
+            match ctx.connect().await {
+                Ok(upstream) => application = Some(upstream),
+                Err(e) => {
+                    tracing::info!(pod = %ctx.pod.uid, error = %e, "application not reached");
+                    relay::report_failed_inbound(&ctx, e.reasons());
+                    return answer::failed(stream, (&e).into()).await;
+                }
+            }
+        }
+        if answer::connected(&mut stream).await.is_err() {
+            return relay::failed_inbound(&ctx, stream, Reason::DownstreamTermination.into());
+        }
+    }
     if ctx.protocol == AppProtocol::Detect {
         match detect(&ctx, &mut stream, &mut read, &mut application).await {
             Ok(protocol) => ctx.protocol = protocol,
@@ -444,6 +477,7 @@ async fn to_application(
                         client: stream,
                         upstream,
                         header_bytes: 0,
+                        sent: 0,
                         to_upstream: read.freeze(),
                         to_client: read_buf.freeze(),
                     };

@@ -1,7 +1,8 @@
 //! The worker process: everything that touches tenants' bytes.
 //!
 //! Reads top to bottom along a connection: [`thread`] accepts it, [`outbound`] or [`inbound`] finds out what it is about,
-//! [`dial`] makes the connection onward through a [`tunnel`] or straight to the application, and [`relay`] or the loops of
+//! [`dial`] makes the connection onward through a [`tunnel`] or straight to the application ([`reach`] tries one endpoint after
+//! the other), and [`relay`] or the loops of
 //! [`http`] move the bytes, asking [`call`] (outbound) or [`app`] (inbound) what is to happen to each request.
 //! [`control`] listens to the agent; [`mesh`] is what the controller said.
 //!
@@ -23,6 +24,7 @@ pub mod outbound;
 pub mod pods;
 pub mod policy;
 pub mod pool;
+pub mod reach;
 pub mod read_ahead;
 pub mod reason;
 pub mod relay;

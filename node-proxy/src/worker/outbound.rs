@@ -3,6 +3,7 @@
 //! accepted on the pod's outbound listener → what the application asked for → service, pod or neither → what it speaks →
 //! the protocol's own loop, which asks [`super::call`] for endpoints.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
@@ -14,12 +15,12 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use mesh_api::model::AppProtocol;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::call::{First, OutboundExchange};
-use super::dial::{self, DialError, Purpose, Way};
+use super::dial::{DialError, Purpose, Way};
 use super::http::{H1Upstream, h1, h2};
 use super::io::{Prefixed, Stream, Transport};
 use super::mesh::service::ServiceState;
@@ -27,6 +28,7 @@ use super::mesh::store::Snapshot;
 use super::mesh::{VipLookup, WorkloadEntry};
 use super::pods::{self, LocalPod};
 use super::policy::{self, Asker};
+use super::reach::{Lost, Reached, Reaching, Standing, Unreached};
 use super::reason::Reason;
 use super::relay::{self, Relay};
 use super::sockets::canonical;
@@ -199,21 +201,22 @@ pub async fn serve(thread: &Rc<Thread>, pod: &Arc<LocalPod>, mut stream: TcpStre
             AppProtocol::Http1 => http1(ctx, stream, BytesMut::new(), None).await,
             AppProtocol::Http2 | AppProtocol::Grpc => http2(ctx, stream, BytesMut::new(), None).await,
             AppProtocol::Tcp | AppProtocol::Tls => {
-                relay_to_endpoint(&ctx, &target, stream, BytesMut::new()).await;
+                relay_opaque(&ctx, &target, stream, BytesMut::new(), Reaching::new(&ctx), None).await;
             }
             AppProtocol::Detect => match detect_and_dial(&ctx, &target, &mut stream).await {
-                Ok(Detected { protocol, read, first }) => {
+                Ok(Detected { protocol, read, reached, reaching }) => {
                     ctx.protocol = protocol;
+                    // An endpoint for HTTP is one that answers a request: nothing else is to come from it before.
+                    let first = |reached: Option<Reached>| reached.map(|r| r.first);
                     match protocol {
-                        AppProtocol::Http1 => http1(ctx, stream, read, first).await,
-                        AppProtocol::Http2 | AppProtocol::Grpc => http2(ctx, stream, read, first).await,
-                        _ => match first {
-                            Some(first) => relay_first(&ctx, &target, stream, read, first).await,
-                            None => relay_to_endpoint(&ctx, &target, stream, read).await,
-                        },
+                        AppProtocol::Http1 => http1(ctx, stream, read, first(reached)).await,
+                        AppProtocol::Http2 | AppProtocol::Grpc => {
+                            http2(ctx, stream, read, first(reached)).await;
+                        }
+                        _ => relay_opaque(&ctx, &target, stream, read, reaching, reached).await,
                     }
                 }
-                Err(reason) => relay::failed(&ctx, &target, None, stream, reason.into()),
+                Err(Unreached { way, reasons }) => relay::failed(&ctx, &target, way, stream, reasons),
             },
         }
     };
@@ -246,46 +249,31 @@ async fn http2(ctx: Outbound, client: TcpStream, read: BytesMut, first: Option<F
     h2::serve(client, Rc::new(OutboundExchange::new(ctx, first)), &limits).await;
 }
 
-/// Opaque bytes: tries endpoints until one takes the connection.
-async fn relay_to_endpoint(ctx: &Outbound, target: &Target, client: TcpStream, read: BytesMut) {
-    match dial_any(ctx, target).await {
-        Ok(first) => relay_first(ctx, target, client, read, first).await,
-        Err((way, reason)) => relay::failed(ctx, target, way, client, reason.into()),
-    }
-}
-
-/// Connects to one endpoint after the other, as many as a request would be tried on.
-async fn dial_any(ctx: &Outbound, target: &Target) -> Result<First, (Option<Way>, Reason)> {
-    let mut tried = Vec::new();
-    let mut last = (None, Reason::NoHealthyUpstream);
-    for _ in 0..=ctx.thread.shared.settings.retries.attempts {
-        let Some(mut chosen) = ctx.choose(target, &tried) else { break };
-        if let Err(reason) = ctx.admit(&chosen) {
-            return Err((Some(chosen.way), reason));
+/// Opaque bytes: tries endpoints until one has the application's connection. `reached` is one that is there already.
+async fn relay_opaque(
+    ctx: &Outbound,
+    target: &Target,
+    mut client: TcpStream,
+    read: BytesMut,
+    reaching: Reaching,
+    reached: Option<Reached>,
+) {
+    match reaching.hear(ctx, target, &mut client, read, reached).await {
+        Ok(Standing { first, to_upstream, header_bytes, sent }) => {
+            let H1Upstream { stream: upstream, read_buf, .. } = first.upstream;
+            let relay = Relay {
+                client: Stream::Plain(client),
+                upstream,
+                to_upstream,
+                header_bytes,
+                sent,
+                to_client: read_buf.freeze(),
+            };
+            relay.run_outbound(ctx, target, &first.chosen).await;
         }
-        let purpose = ctx.purpose(target, chosen.address, ctx.protocol);
-        match dial::connect(&ctx.thread, &ctx.pod, &chosen.way, &purpose).await {
-            Ok(upstream) => {
-                if let Some(picked) = &mut chosen.picked {
-                    picked.answered(balance::Health::Working);
-                }
-                return Ok(First { chosen, upstream, born: Instant::now() });
-            }
-            Err(e) => {
-                log_failed_dial(ctx, &e);
-                if let Some(picked) = chosen.picked.filter(|_| e.is_endpoints()) {
-                    picked.connect_failed();
-                }
-                tried.push(chosen.address);
-                last = (Some(chosen.way), e.reason());
-                // Without a choice of endpoints another try would only repeat the answer.
-                if matches!(target, Target::Address(..)) {
-                    break;
-                }
-            }
-        }
+        Err(Lost::Client) => relay::failed(ctx, target, None, client, Reason::DownstreamTermination.into()),
+        Err(Lost::Endpoints(Unreached { way, reasons })) => relay::failed(ctx, target, way, client, reasons),
     }
-    Err(last)
 }
 
 /// Says why an endpoint could not be reached: often the first thing that someone looking for a fault needs.
@@ -296,88 +284,77 @@ pub fn log_failed_dial(ctx: &Outbound, error: &DialError) {
     );
 }
 
-async fn relay_first(ctx: &Outbound, target: &Target, client: TcpStream, read: BytesMut, first: First) {
-    let H1Upstream { stream: upstream, read_buf, preface, .. } = first.upstream;
-    let mut to_upstream = preface;
-    to_upstream.extend_from_slice(&read);
-    Relay {
-        client: Stream::Plain(client),
-        upstream,
-        header_bytes: to_upstream.len() - read.len(),
-        to_upstream: to_upstream.freeze(),
-        to_client: read_buf.freeze(),
-    }
-    .run_outbound(ctx, target, &first.chosen)
-    .await;
-}
-
 struct Detected {
     protocol: AppProtocol,
     read: BytesMut,
-    first: Option<First>,
+    reached: Option<Reached>,
+    reaching: Reaching,
 }
 
 /// Who was first: the client with bytes that tell what they are, or the endpoint.
 #[expect(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
 enum Raced {
     Client(Result<AppProtocol, Reason>),
-    Endpoint(Result<First, (Option<Way>, Reason)>),
+    Endpoint(Result<Reached, Unreached>),
 }
 
-/// Dials an endpoint at once and meanwhile looks at what the client says. Whoever speaks first decides: a server makes it
-/// opaque TCP, a client is looked at until its bytes tell. When no endpoint can be reached, an HTTP client goes on without
-/// one, since it can be told why.
+/// Reaches for an endpoint at once and meanwhile looks at what the client says. Whoever speaks first decides: a server
+/// makes it opaque TCP, a client is looked at until its bytes tell. When no endpoint can be reached, an HTTP client goes
+/// on without one, since it can be told why.
 async fn detect_and_dial(
     ctx: &Outbound,
     target: &Target,
     client: &mut TcpStream,
-) -> Result<Detected, Reason> {
+) -> Result<Detected, Unreached> {
     let settings = &ctx.thread.shared.settings.detection;
+    let ended = |reason: Reason| Unreached { way: None, reasons: reason.into() };
     let mut read = BytesMut::new();
-    let mut dial = pin!(dial_any(ctx, target));
-    let raced = {
+    let mut reaching = Reaching::new(ctx);
+    let known = Cell::new(None);
+    let reached = {
+        let mut reach = pin!(reaching.reach(ctx, target, &known));
         let mut sniff = pin!(sniff_client(client, &mut read, settings));
-        poll_fn(|cx| {
+        let raced = poll_fn(|cx| {
             if let Poll::Ready(protocol) = sniff.as_mut().poll(cx) {
                 return Poll::Ready(Raced::Client(protocol));
             }
-            dial.as_mut().poll(cx).map(Raced::Endpoint)
-        })
-        .await
+            reach.as_mut().poll(cx).map(Raced::Endpoint)
+        });
+        match raced.await {
+            Raced::Client(protocol) => {
+                known.set(Some(protocol.map_err(ended)?));
+                reach.await
+            }
+            Raced::Endpoint(reached) => reached,
+        }
     };
     let is_http = |protocol| matches!(protocol, AppProtocol::Http1 | AppProtocol::Http2);
-    let mut first = match raced {
-        Raced::Client(protocol) => {
-            let protocol = protocol?;
-            return match dial.await {
-                Ok(first) => Ok(Detected { protocol, read, first: Some(first) }),
-                Err(_) if is_http(protocol) => Ok(Detected { protocol, read, first: None }),
-                Err((_, reason)) => Err(reason),
-            };
-        }
-        Raced::Endpoint(Err((_, reason))) => {
-            return match timeout(LAST_WORDS, sniff_client(client, &mut read, settings)).await {
-                Ok(Ok(protocol)) if is_http(protocol) => Ok(Detected { protocol, read, first: None }),
-                _ => Err(reason),
-            };
-        }
-        Raced::Endpoint(Ok(first)) => first,
+    let protocol = match (known.get(), &reached) {
+        (Some(protocol), Ok(_)) => Some(protocol),
+        (Some(protocol), Err(_)) => Some(protocol).filter(|p| is_http(*p)),
+        (None, Ok(_)) => None,
+        (None, Err(_)) => match timeout(LAST_WORDS, sniff_client(client, &mut read, settings)).await {
+            Ok(Ok(protocol)) => Some(protocol).filter(|p| is_http(*p)),
+            _ => None,
+        },
     };
-    // The far side connects to the application as soon as it has the header, so that a server that speaks first can.
-    let preface = std::mem::take(&mut first.upstream.preface);
-    if !preface.is_empty() && first.upstream.stream.write_all(&preface).await.is_err() {
-        return Err(Reason::UpstreamConnectFailure);
-    }
+    let mut reached = match (protocol, reached) {
+        (Some(protocol), reached) => {
+            return Ok(Detected { protocol, read, reached: reached.ok(), reaching });
+        }
+        (None, Err(unreached)) => return Err(unreached),
+        (None, Ok(reached)) => reached,
+    };
     let protocol = {
         let mut sniff = pin!(sniff_client(client, &mut read, settings));
-        let upstream = &mut first.upstream;
-        poll_fn(|cx| match sniff.as_mut().poll(cx) {
+        let upstream = &mut reached.first.upstream;
+        let spoken = poll_fn(|cx| match sniff.as_mut().poll(cx) {
             Poll::Ready(protocol) => Poll::Ready(protocol),
             Poll::Pending => server_spoke(upstream, cx),
-        })
-        .await?
+        });
+        spoken.await.map_err(ended)?
     };
-    Ok(Detected { protocol, read, first: Some(first) })
+    Ok(Detected { protocol, read, reached: Some(reached), reaching })
 }
 
 /// Ready when the server said something or ended: no need to understand the client any more.

@@ -27,6 +27,8 @@ pub struct Relay {
     pub to_upstream: Bytes,
     /// How many of them are the tunnel's.
     pub header_bytes: usize,
+    /// Bytes of the client that the upstream has had already.
+    pub sent: u64,
     /// Bytes for the client that are there already.
     pub to_client: Bytes,
 }
@@ -76,6 +78,7 @@ impl Relay {
         let started = Instant::now();
         let series: Vec<_> = pairs.iter().map(|pair| thread.series.tcp(pair)).collect();
         series.iter().for_each(|s| s.opened());
+        series.iter().for_each(|s| s.received(self.sent));
         let mut ending = Ending {
             thread,
             pair: &pairs[0],
@@ -84,7 +87,7 @@ impl Relay {
             reasons: Reason::Draining.into(),
             streams: (self.client, self.upstream),
             finished: false,
-            counted: Counted { series, header: self.header_bytes as u64, received: 0, sent: 0 },
+            counted: Counted { series, header: self.header_bytes as u64, received: self.sent, sent: 0 },
         };
         let idle = thread.shared.settings.timeouts.tcp_idle;
         let end = copy::bidirectional(
@@ -159,6 +162,11 @@ pub fn failed(
 /// A connection to a pod whose application could not be reached.
 pub fn failed_inbound(ctx: &Inbound, mut client: impl Transport, reasons: Reasons) {
     client.abort();
+    report_failed_inbound(ctx, reasons);
+}
+
+/// The same where the peer is told why instead of being reset.
+pub fn report_failed_inbound(ctx: &Inbound, reasons: Reasons) {
     report_failed(&ctx.thread, &app::pair(ctx), ctx.local, reasons);
 }
 

@@ -21,6 +21,7 @@ const FIXED: usize = 16;
 /// Custom range of the specification (0xE0–0xEF, §2.2.8).
 const TLV_PROTOCOL: u8 = 0xE0;
 const TLV_SERVICE: u8 = 0xE1;
+const TLV_REPORT: u8 = 0xE2;
 
 /// What a tunnel connection is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +34,9 @@ pub struct TunnelHeader {
     pub protocol: AppProtocol,
     /// `namespace/name` of the service that the application asked for; a label only, it grants nothing.
     pub service: Option<String>,
+    /// The receiver is to say what came of its connect to the application ([`super::answer`]) before the application's
+    /// own bytes. Only who asks for it gets it.
+    pub report: bool,
 }
 
 /// Why bytes are not a header that this mesh sends.
@@ -56,6 +60,9 @@ pub enum HeaderError {
     /// The protocol value is missing or unknown: a newer peer; refused rather than guessed.
     #[error("missing or unknown protocol value")]
     Protocol,
+    /// The request for a report bears a value, which this version knows none of.
+    #[error("malformed request for a report of the connect")]
+    Report,
     /// The service name is not UTF-8 or not `namespace/name`.
     #[error("malformed service name")]
     Service,
@@ -91,7 +98,8 @@ impl TunnelHeader {
     pub fn encode(&self, out: &mut bytes::BytesMut) {
         out.extend_from_slice(&SIGNATURE);
         let service = self.service.as_deref().unwrap_or_default().as_bytes();
-        let tlvs = 3 + 1 + if service.is_empty() { 0 } else { 3 + service.len() };
+        let report: &[u8] = if self.report { &[TLV_REPORT, 0, 0] } else { &[] };
+        let tlvs = 3 + 1 + report.len() + if service.is_empty() { 0 } else { 3 + service.len() };
         let put_len = |out: &mut bytes::BytesMut, n: usize| {
             let n = u16::try_from(n).expect("names are at most 253 bytes, so lengths fit");
             out.extend_from_slice(&n.to_be_bytes());
@@ -110,6 +118,7 @@ impl TunnelHeader {
         out.extend_from_slice(&self.source.port().to_be_bytes());
         out.extend_from_slice(&self.destination.port().to_be_bytes());
         out.extend_from_slice(&[TLV_PROTOCOL, 0, 1, protocol_code(self.protocol)]);
+        out.extend_from_slice(report);
         if !service.is_empty() {
             out.extend_from_slice(&[TLV_SERVICE]);
             put_len(out, service.len());
@@ -154,13 +163,14 @@ impl TunnelHeader {
             }
             _ => return Err(HeaderError::Family),
         };
-        let (protocol, service) = Self::decode_tlvs(tlvs)?;
-        Ok(Some((Self { source, destination, protocol, service }, len)))
+        let (protocol, service, report) = Self::decode_tlvs(tlvs)?;
+        Ok(Some((Self { source, destination, protocol, service, report }, len)))
     }
 
-    fn decode_tlvs(mut tlvs: &[u8]) -> Result<(AppProtocol, Option<String>), HeaderError> {
+    fn decode_tlvs(mut tlvs: &[u8]) -> Result<(AppProtocol, Option<String>, bool), HeaderError> {
         let mut protocol = None;
         let mut service = None;
+        let mut report = false;
         while let Some((&[kind, hi, lo], rest)) = tlvs.split_first_chunk() {
             let len = usize::from(u16::from_be_bytes([hi, lo]));
             let value = rest.get(..len).ok_or(HeaderError::Length)?;
@@ -177,13 +187,15 @@ impl TunnelHeader {
                     }
                     service = Some(name.to_owned());
                 }
+                (TLV_REPORT, []) => report = true,
+                (TLV_REPORT, _) => return Err(HeaderError::Report),
                 _ => {}
             }
         }
         if !tlvs.is_empty() {
             return Err(HeaderError::Length);
         }
-        Ok((protocol.ok_or(HeaderError::Protocol)?, service))
+        Ok((protocol.ok_or(HeaderError::Protocol)?, service, report))
     }
 }
 
@@ -206,6 +218,7 @@ mod tests {
             destination: destination.parse().unwrap(),
             protocol: AppProtocol::Http1,
             service: service.map(str::to_owned),
+            report: service.is_some(),
         }
     }
 
@@ -249,8 +262,9 @@ mod tests {
         assert_eq!(change(15, 4), HeaderError::Length, "shorter than its addresses");
         assert_eq!(change(FIXED + 12 + 3, 9), HeaderError::Protocol, "unknown protocol");
         assert_eq!(change(FIXED + 12 + 2, 2), HeaderError::Protocol, "protocol of two bytes");
-        assert_eq!(change(FIXED + 12 + 4 + 2, 200), HeaderError::Length, "value past the end");
-        assert_eq!(change(FIXED + 12 + 4 + 3, b'/'), HeaderError::Service, "two slashes");
+        assert_eq!(change(FIXED + 12 + 4 + 2, 1), HeaderError::Report, "a request for a report with a value");
+        assert_eq!(change(FIXED + 12 + 7 + 2, 200), HeaderError::Length, "value past the end");
+        assert_eq!(change(FIXED + 12 + 7 + 3, b'/'), HeaderError::Service, "two slashes");
     }
 
     proptest! {

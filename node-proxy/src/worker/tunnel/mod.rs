@@ -1,5 +1,6 @@
 //! How bytes of one pod travel to another pod's node: the two tunnel forms.
 
+pub mod answer;
 pub mod hbone;
 pub mod header;
 
