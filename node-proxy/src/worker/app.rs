@@ -111,6 +111,10 @@ impl Exchange for InboundExchange {
     async fn closed(&self) {
         drained(&mut self.life.clone()).await;
     }
+
+    async fn revoked(&self) -> Reason {
+        self.ctx.revoked().await
+    }
 }
 
 /// Who talks to whom, for the signals.

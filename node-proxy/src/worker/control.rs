@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use mesh_api::model::Resource;
+use mesh_api::model::{Resource, WORKLOAD_TYPE};
 use redirect_bpf::FlowMaps;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -304,7 +304,17 @@ impl Control {
         if let Some(trust) = trust {
             self.shared.tls.trust.put(trust);
         }
+        // Peers may have been among what is gone; pods of this node, only if their own entry is another one.
+        self.judge_connections(config.full || config.remove.iter().any(|r| r.type_url == WORKLOAD_TYPE));
         Ok(())
+    }
+
+    /// Has open connections judged by the configuration that is in force now.
+    fn judge_connections(&self, all: bool) {
+        let Ok(mesh) = self.shared.mesh.state() else { return };
+        for (uid, pod) in self.shared.pods.load().iter() {
+            pod.configured(mesh.by_uid(uid).map_or(0, |entry| entry.serial), all);
+        }
     }
 
     fn pod_added(&mut self, added: proto::PodAdded, fds: Vec<OwnedFd>) -> anyhow::Result<()> {

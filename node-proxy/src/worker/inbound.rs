@@ -74,12 +74,40 @@ impl Inbound {
     pub fn admit(&self) -> Result<(), Reason> {
         let mesh = self.thread.shared.mesh.state().map_err(|_| Reason::Unsynced)?;
         let now = mesh.by_uid(&self.pod.uid).ok_or(Reason::Unsynced)?;
+        // What a pod proved does not outlive it.
+        if self.identity.is_some()
+            && let Some(source) = &self.source
+            && mesh.by_uid(&source.workload.uid).is_none()
+        {
+            return Err(Reason::PeerGone);
+        }
         let asker = match &self.identity {
             Some(identity) => Asker::Identity(identity),
             None if self.from_node => Asker::Node,
             None => Asker::Unknown,
         };
         policy::admit(&now.workload, self.local.port(), asker)
+    }
+
+    /// Completes with the reason when the connection is no longer allowed. Judged now and whenever the configuration
+    /// changed for the pod, not by byte. A pod that leaves the mesh drains instead: its connections end with that.
+    pub async fn revoked(&self) -> Reason {
+        let mut judged = self.pod.watch_judgement();
+        loop {
+            let mesh = self.thread.shared.mesh.state();
+            let enrolled =
+                mesh.is_ok_and(|m| m.by_uid(&self.pod.uid).is_some_and(|pod| pod.workload.enrolled));
+            if enrolled && let Err(reason) = self.admit() {
+                self.thread.shared.metrics.refused(Direction::Inbound, reason);
+                tracing::info!(
+                    pod = %self.pod.uid, client = %self.client, reason = reason.flag(),
+                    "open connection ended: the configuration no longer allows it"
+                );
+                return reason;
+            }
+            // The sender lives as long as the pod, which this connection holds.
+            let _ = judged.changed().await;
+        }
     }
 
     /// A connection to the application.
@@ -451,7 +479,12 @@ async fn to_application(
         }
     }
     if ctx.protocol == AppProtocol::Detect {
-        match detect(&ctx, &mut stream, &mut read, &mut application).await {
+        let detected = tokio::select! {
+            biased;
+            reason = ctx.revoked() => Err(reason),
+            detected = detect(&ctx, &mut stream, &mut read, &mut application) => detected,
+        };
+        match detected {
             Ok(protocol) => ctx.protocol = protocol,
             Err(reason) => return relay::failed_inbound(&ctx, stream, reason.into()),
         }

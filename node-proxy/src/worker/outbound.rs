@@ -147,9 +147,37 @@ impl Outbound {
     /// # Errors
     /// The reason of the refusal.
     pub fn admit(&self, chosen: &Chosen) -> Result<(), Reason> {
-        let Way::SameNode(_, workload) = &chosen.way else { return Ok(()) };
+        let Way::SameNode(_, then) = &chosen.way else { return Ok(()) };
+        let mesh = self.thread.shared.mesh.state().map_err(|_| Reason::Unsynced)?;
+        let workload = mesh.by_uid(&then.workload.uid).ok_or(Reason::Unsynced)?;
         let asker = self.source.identity.as_ref().map_or(Asker::Unknown, Asker::Identity);
         policy::admit(&workload.workload, chosen.address.port(), asker)
+    }
+
+    /// Completes with the reason when a connection to a pod of this node is to end: policy no longer allows it, or the
+    /// pod's drain is over. To another node, that node decides.
+    pub async fn revoked(&self, chosen: &Chosen) -> Reason {
+        let Way::SameNode(pod, _) = &chosen.way else { return std::future::pending().await };
+        let (mut judged, mut life) = (pod.watch_judgement(), pod.watch());
+        loop {
+            match self.admit(chosen) {
+                // A pod that leaves the mesh drains.
+                Ok(()) | Err(Reason::Unsynced) => {}
+                Err(reason) => {
+                    self.thread.shared.metrics.refused(Direction::Outbound, reason);
+                    tracing::info!(
+                        pod = %self.pod.uid, destination = %chosen.address, reason = reason.flag(),
+                        "open connection ended: the configuration no longer allows it"
+                    );
+                    return reason;
+                }
+            }
+            tokio::select! {
+                // The sender lives as long as the pod, which this connection holds.
+                _ = judged.changed() => {}
+                () = pods::closed(&mut life) => return Reason::Draining,
+            }
+        }
     }
 
     /// What the far side is told.

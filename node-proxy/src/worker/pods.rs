@@ -34,6 +34,8 @@ pub struct LocalPod {
     /// Its share of the proxy.
     pub budget: Arc<PodBudget>,
     life: watch::Sender<Life>,
+    /// Serial of what the mesh says of it; sent whenever its open connections are to be judged again.
+    judged: watch::Sender<u64>,
 }
 
 impl LocalPod {
@@ -46,7 +48,23 @@ impl LocalPod {
         budget: Arc<PodBudget>,
     ) -> Self {
         let sockets = SocketPool::new(Arc::clone(&uid), socket_batch);
-        Self { uid, netns_cookie, listeners, sockets, budget, life: watch::Sender::new(Life::Running) }
+        let life = watch::Sender::new(Life::Running);
+        Self { uid, netns_cookie, listeners, sockets, budget, life, judged: watch::Sender::new(0) }
+    }
+
+    /// A configuration is in force in which the pod has the entry with this serial (0 for none). Its open connections
+    /// are judged again if that is another one than before, or if `all` are to be.
+    pub fn configured(&self, serial: u64, all: bool) {
+        self.judged.send_if_modified(|judged| {
+            let changed = all || *judged != serial;
+            *judged = serial;
+            changed
+        });
+    }
+
+    /// Watches for configurations by which its open connections are to be judged again.
+    pub fn watch_judgement(&self) -> watch::Receiver<u64> {
+        self.judged.subscribe()
     }
 
     /// Watches its life.
@@ -74,4 +92,22 @@ pub async fn drained(life: &mut watch::Receiver<Life>) {
 /// Completes when the pod's connections are to be cut.
 pub async fn closed(life: &mut watch::Receiver<Life>) {
     let _ = life.wait_for(|l| *l == Life::Closed).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::resilience::PodLimits;
+
+    #[test]
+    fn connections_are_judged_again_only_when_something_changed_for_their_pod() {
+        let budget = PodBudget::new(&PodLimits::default());
+        let pod = LocalPod::new("uid".into(), 1, Vec::new(), 1, budget);
+        let mut judged = pod.watch_judgement();
+        for (serial, all, again) in [(7, false, true), (7, false, false), (7, true, true), (8, false, true)] {
+            pod.configured(serial, all);
+            assert_eq!(judged.has_changed().unwrap(), again, "{serial} {all}");
+            judged.mark_unchanged();
+        }
+    }
 }

@@ -60,6 +60,7 @@ reasons! {
     OverBudget = 20, "OB", "the pod used up its share of the proxy";
     Draining = 21, "DRAIN", "the proxy or the workload is shutting down";
     RetryBudget = 22, "RB", "a retry was due but the retry budget is used up";
+    PeerGone = 23, "GONE", "the peer's pod is no longer part of the mesh";
 }
 
 /// A set of [`Reason`]s.

@@ -66,15 +66,22 @@ impl Relay {
         if matches!(chosen.way, Way::SameNode(..)) {
             pairs.push(Pair { reporter: Reporter::Destination, ..pair });
         }
-        self.run(&ctx.thread, &pairs, chosen.address).await;
+        self.run(&ctx.thread, &pairs, chosen.address, ctx.revoked(chosen)).await;
     }
 
     /// Relays a connection to a pod's application.
     pub async fn run_inbound(self, ctx: &Inbound) {
-        self.run(&ctx.thread, &[app::pair(ctx)], ctx.local).await;
+        self.run(&ctx.thread, &[app::pair(ctx)], ctx.local, ctx.revoked()).await;
     }
 
-    async fn run(self, thread: &Thread, pairs: &[Pair<'_>], upstream: SocketAddr) {
+    /// Until both directions ended, one failed, or the connection is no longer allowed: then both sides are reset.
+    async fn run(
+        self,
+        thread: &Thread,
+        pairs: &[Pair<'_>],
+        upstream: SocketAddr,
+        revoked: impl Future<Output = Reason>,
+    ) {
         let started = Instant::now();
         let series: Vec<_> = pairs.iter().map(|pair| thread.series.tcp(pair)).collect();
         series.iter().for_each(|s| s.opened());
@@ -90,15 +97,27 @@ impl Relay {
             counted: Counted { series, header: self.header_bytes as u64, received: self.sent, sent: 0 },
         };
         let idle = thread.shared.settings.timeouts.tcp_idle;
-        let end = copy::bidirectional(
+        let copy = copy::bidirectional(
             &mut ending.streams.0,
             &mut ending.streams.1,
             self.to_upstream,
             self.to_client,
             (!idle.is_zero()).then_some(idle),
             &mut ending.counted,
-        )
-        .await;
+        );
+        let end = tokio::select! {
+            // First, so that a connection that was allowed when it was made passes no byte when it is not any more.
+            biased;
+            reason = revoked => Err(reason),
+            end = copy => Ok(end),
+        };
+        let end = match end {
+            Ok(end) => end,
+            Err(reason) => {
+                ending.reasons = reason.into();
+                return;
+            }
+        };
         ending.finished = true;
         ending.reasons = match end {
             Ok(()) => Reasons::NONE,

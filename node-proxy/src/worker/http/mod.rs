@@ -216,6 +216,11 @@ pub trait Exchange: 'static {
 
     /// Completes when [`Self::closing`] becomes true.
     fn closed(&self) -> impl Future<Output = ()>;
+
+    /// Completes when a connection that was switched to another protocol is no longer allowed.
+    fn revoked(&self) -> impl Future<Output = Reason> {
+        std::future::pending()
+    }
 }
 
 /// One request on its way; see the module documentation for the order of calls.

@@ -363,8 +363,9 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
         to_client.extend_from_slice(&upstream.read_buf);
         let to_upstream = std::mem::take(&mut self.input);
         let size = self.limits.read_buffer;
-        let relayed =
-            upgrade::relay(&mut self.client, &mut upstream.stream, to_upstream, to_client, size).await;
+        let revoked = self.exchange.revoked();
+        let (client, upstream) = (&mut self.client, &mut upstream.stream);
+        let relayed = upgrade::relay(client, upstream, to_upstream, to_client, size, revoked).await;
         upload.received += relayed.upstream_bytes;
         let reasons = relayed.failed.map_or(Reasons::NONE, Reasons::from);
         finish(call, 101, reasons, &upload, written + relayed.client_bytes);

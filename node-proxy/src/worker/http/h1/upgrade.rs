@@ -1,7 +1,7 @@
 //! Raw bytes both ways, after the upstream agreed to switch protocols.
 
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
@@ -24,11 +24,12 @@ pub(super) struct Relayed {
     pub upstream_bytes: u64,
     /// Bytes from the upstream to the client.
     pub client_bytes: u64,
-    /// The side that failed; `None` when both directions ended in order.
+    /// The side that failed, or why it was ended; `None` when both directions ended in order.
     pub failed: Option<Reason>,
 }
 
-/// Copies both ways until both directions have ended, or one leg fails: then the other is aborted.
+/// Copies both ways until both directions have ended, one leg fails, or the connection is no longer allowed: then both
+/// are aborted.
 ///
 /// An end of one direction is passed on as such. There is no idle timeout: such connections are quiet for as long as
 /// their applications like.
@@ -38,10 +39,15 @@ pub(super) async fn relay<C: Transport, S: Transport>(
     from_client: BytesMut,
     from_upstream: BytesMut,
     size: usize,
+    revoked: impl Future<Output = Reason>,
 ) -> Relayed {
     let mut up = Flow { buf: from_client, ended: false, shut: false, bytes: 0 };
     let mut down = Flow { buf: from_upstream, ended: false, shut: false, bytes: 0 };
+    let mut revoked = pin!(revoked);
     let failed = poll_fn(|cx| {
+        if let Poll::Ready(reason) = revoked.as_mut().poll(cx) {
+            return Poll::Ready(Some(reason));
+        }
         let up_done = match up.poll_copy(client, upstream, size, cx) {
             Poll::Ready(Err(side)) => return Poll::Ready(Some(side.when_from_client())),
             other => other.is_ready(),

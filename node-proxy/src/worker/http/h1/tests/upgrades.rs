@@ -71,6 +71,18 @@ fn a_switched_connection_may_be_quiet_for_a_day() {
 }
 
 #[test]
+fn a_switched_connection_that_is_no_longer_allowed_is_reset_on_both_sides() {
+    world(|mut w| async move {
+        let mut server = switched(&mut w).await;
+        w.script.revoked.notify_one();
+        w.client.expect_reset().await;
+        server.expect_reset().await;
+        settle().await;
+        assert_eq!(w.script.flags(), "PLAIN");
+    });
+}
+
+#[test]
 fn another_answer_is_no_upgrade() {
     world(|mut w| async move {
         let mut server = w.upstream();

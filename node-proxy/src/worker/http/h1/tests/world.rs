@@ -36,6 +36,8 @@ pub(super) struct Script {
     pub timeout: Cell<Option<Duration>>,
     pub closing: Cell<bool>,
     closed: Notify,
+    /// Tells that a connection which was switched is no longer allowed.
+    pub revoked: Notify,
     /// What was called, in order.
     pub events: RefCell<Vec<String>>,
     pub outcomes: RefCell<Vec<Outcome>>,
@@ -117,6 +119,11 @@ impl Exchange for Mesh {
         if !self.0.closing.get() {
             notified.await;
         }
+    }
+
+    async fn revoked(&self) -> Reason {
+        self.0.revoked.notified().await;
+        Reason::PlaintextRefused
     }
 }
 
