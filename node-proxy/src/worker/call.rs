@@ -16,7 +16,7 @@ use super::balance::Health;
 use super::dial::{self, Way};
 use super::http::{
     Call, Exchange, H1Upstream, HeaderEdits, LocalReply, Outcome, Replay, RequestInfo, UpstreamFailure,
-    Verdict,
+    Verdict, grpc_code,
 };
 use super::io::Stream;
 use super::mesh::store::Snapshot;
@@ -25,7 +25,7 @@ use super::pods::{Life, drained};
 use super::pool::{H2Checkout, H2Made, H2Slot, Key, multiplex};
 use super::reason::{Reason, Reasons};
 use super::report::{LoggedHead, RequestReport};
-use super::resilience::pod::Held;
+use super::resilience::pod::{Held, OverBudget};
 use super::resilience::retry::{Cause, Happened, Step};
 use super::resilience::{Attempts, RetryBudget};
 use super::telemetry::{Pair, Reporter, Security};
@@ -126,14 +126,7 @@ impl Exchange for OutboundExchange {
         let shared = &ctx.thread.shared;
         let mesh = self.mesh()?;
         let target = Target::find(&mesh, ctx.asked);
-        let permit = ctx.pod.budget.request().map_err(|e| {
-            LocalReply::new(
-                429,
-                super::http::grpc_code::RESOURCE_EXHAUSTED,
-                Reason::OverBudget,
-                e.to_string(),
-            )
-        })?;
+        let permit = ctx.pod.budget.request().map_err(|e| over_budget(&e))?;
         let started = Instant::now();
         let limit = shared.settings.timeouts.request;
         let first = self.first.borrow_mut().take();
@@ -246,12 +239,19 @@ impl OutboundCall {
         if let Some(pause) = self.pause.take().filter(|p| !p.is_zero()) {
             tokio::time::sleep(pause).await;
         }
-        if let Some(first) = self.first.take() {
+        if let Some(mut first) = self.first.take() {
             self.key = Some(self.key_of(&first.chosen));
-            return Ok(Some(first));
+            let taken = take_share(&mut first.chosen);
+            return match taken {
+                Ok(()) => Ok(Some(first)),
+                Err(failure) => {
+                    self.current = Some(first.chosen);
+                    Err(failure)
+                }
+            };
         }
         let chosen = self.next.take().or_else(|| self.ctx.choose(&self.target, &self.tried));
-        let Some(chosen) = chosen else {
+        let Some(mut chosen) = chosen else {
             let name =
                 self.target.service().map_or_else(|| self.ctx.asked.to_string(), |(s, _)| s.key.to_string());
             let message = format!("no ready endpoint for {name}");
@@ -259,12 +259,13 @@ impl OutboundCall {
         };
         self.key = Some(self.key_of(&chosen));
         let admitted = self.ctx.admit(&chosen);
+        let taken = take_share(&mut chosen);
         self.current = Some(chosen);
         match admitted {
-            Ok(()) => Ok(None),
+            Ok(()) => taken.map(|()| None),
             Err(reason) => Err(connect_failure(LocalReply::new(
                 403,
-                super::http::grpc_code::PERMISSION_DENIED,
+                grpc_code::PERMISSION_DENIED,
                 reason,
                 reason.text(),
             ))),
@@ -336,6 +337,23 @@ impl OutboundCall {
             }
         }
     }
+}
+
+/// On this node the destination's share is taken here, since no second proxy sees the request. The answer is the one
+/// that a second proxy would give.
+fn take_share(chosen: &mut Chosen) -> Result<(), UpstreamFailure> {
+    let Way::SameNode(pod, _) = &chosen.way else { return Ok(()) };
+    match pod.budget.request() {
+        Ok(held) => {
+            chosen.share = Some(held);
+            Ok(())
+        }
+        Err(e) => Err(connect_failure(over_budget(&e))),
+    }
+}
+
+fn over_budget(e: &OverBudget) -> LocalReply {
+    LocalReply::new(429, grpc_code::RESOURCE_EXHAUSTED, Reason::OverBudget, e.to_string())
 }
 
 fn connect_failure(reply: LocalReply) -> UpstreamFailure {
@@ -474,7 +492,7 @@ impl Call for OutboundCall {
             ),
             UpstreamFailure::Protocol(what) => LocalReply::new(
                 502,
-                super::http::grpc_code::INTERNAL,
+                grpc_code::INTERNAL,
                 Reason::UpstreamProtocolError,
                 format!("the upstream's answer is not valid: {what}"),
             ),

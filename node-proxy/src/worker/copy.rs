@@ -5,11 +5,14 @@
 //! * An idle pair holds no buffer. Reading goes into a buffer shared by the whole thread; only what the other side would
 //!   not take at once is kept, at most one buffer of it, and until that is written nothing more is read: a slow reader
 //!   holds the sender back.
+//! * What is kept counts against the budget of the pod that the connection belongs to. One buffer is little, but a pod
+//!   with tens of thousands of slow readers would fill the worker; the connection that goes over the limit is cut.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -18,6 +21,8 @@ use tokio::io::ReadBuf;
 use tokio::time::Instant;
 
 use super::io::Transport;
+use super::resilience::PodBudget;
+use super::resilience::pod::{Held, OverBudget};
 
 /// Bytes read at most before they are written. Several TLS records (16 KiB, RFC 8446 §5.1), so that a bulk stream costs
 /// few system calls; larger gave no more throughput.
@@ -43,6 +48,8 @@ pub enum CopyError {
     Io(Side, io::Error),
     /// Nothing moved for the idle timeout.
     Idle,
+    /// The pod's share of buffers is used up.
+    OverBudget(OverBudget),
 }
 
 /// Told of every byte that was passed on.
@@ -56,6 +63,8 @@ pub trait Count {
 #[derive(Default)]
 struct Direction {
     pending: Bytes,
+    /// The pod's account of `pending`.
+    held: Option<Held>,
     eof: bool,
     shut: bool,
     unflushed: bool,
@@ -66,10 +75,39 @@ enum Step {
     Ended,
 }
 
+/// What went wrong in one direction.
+enum Failed {
+    Reading(io::Error),
+    Writing(io::Error),
+    OverBudget(OverBudget),
+}
+
+impl Failed {
+    /// As seen from both streams, where this direction reads from `from` and writes to `to`.
+    fn between(self, from: Side, to: Side) -> CopyError {
+        match self {
+            Self::Reading(e) => CopyError::Io(from, e),
+            Self::Writing(e) => CopyError::Io(to, e),
+            Self::OverBudget(e) => CopyError::OverBudget(e),
+        }
+    }
+}
+
 impl Direction {
-    fn with_pending(pending: Bytes) -> Self {
+    fn with_pending(pending: Bytes, budget: &Arc<PodBudget>) -> Result<Self, OverBudget> {
         // What was written before the copy may not have left yet.
-        Self { pending, unflushed: true, ..Self::default() }
+        let mut direction = Self { unflushed: true, ..Self::default() };
+        direction.keep(pending, budget)?;
+        Ok(direction)
+    }
+
+    /// Keeps bytes that could not be written yet.
+    fn keep(&mut self, bytes: Bytes, budget: &Arc<PodBudget>) -> Result<(), OverBudget> {
+        if !bytes.is_empty() {
+            self.held = Some(budget.buffer(bytes.len() as u64)?);
+            self.pending = bytes;
+        }
+        Ok(())
     }
 
     /// Moves what can be moved now. `Pending` has registered wake-ups for whatever it waits on.
@@ -78,32 +116,40 @@ impl Direction {
         cx: &mut Context<'_>,
         reader: &mut R,
         writer: &mut W,
-    ) -> Poll<Result<Step, (bool, io::Error)>> {
+        budget: &Arc<PodBudget>,
+    ) -> Poll<Result<Step, Failed>> {
         loop {
             if self.shut {
                 return Poll::Ready(Ok(Step::Ended));
             }
             if !self.pending.is_empty() {
                 let n =
-                    ready!(Pin::new(&mut *writer).poll_write(cx, &self.pending)).map_err(|e| (false, e))?;
+                    ready!(Pin::new(&mut *writer).poll_write(cx, &self.pending)).map_err(Failed::Writing)?;
                 if n == 0 {
-                    return Poll::Ready(Err((false, io::ErrorKind::WriteZero.into())));
+                    return Poll::Ready(Err(Failed::Writing(io::ErrorKind::WriteZero.into())));
                 }
                 self.pending.advance(n);
+                // The whole buffer is freed with its last byte.
+                if self.pending.is_empty() {
+                    self.pending = Bytes::new();
+                    self.held = None;
+                }
                 self.unflushed = true;
                 return Poll::Ready(Ok(Step::Moved(n as u64)));
             }
             if self.eof {
-                ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(|e| (false, e))?;
+                ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(Failed::Writing)?;
                 self.shut = true;
                 continue;
             }
-            match SCRATCH.with_borrow_mut(|scratch| self.read_and_write(cx, reader, writer, scratch))? {
+            match SCRATCH
+                .with_borrow_mut(|scratch| self.read_and_write(cx, reader, writer, budget, scratch))?
+            {
                 Poll::Ready(0) => self.eof = true,
                 Poll::Ready(n) => return Poll::Ready(Ok(Step::Moved(n))),
                 Poll::Pending => {
                     if self.unflushed {
-                        ready!(Pin::new(&mut *writer).poll_flush(cx)).map_err(|e| (false, e))?;
+                        ready!(Pin::new(&mut *writer).poll_flush(cx)).map_err(Failed::Writing)?;
                         self.unflushed = false;
                     }
                     return Poll::Pending;
@@ -119,8 +165,9 @@ impl Direction {
         cx: &mut Context<'_>,
         reader: &mut R,
         writer: &mut W,
+        budget: &Arc<PodBudget>,
         scratch: &mut [u8],
-    ) -> Result<Poll<u64>, (bool, io::Error)> {
+    ) -> Result<Poll<u64>, Failed> {
         let mut buf = ReadBuf::new(scratch);
         while buf.remaining() > 0 {
             let before = buf.filled().len();
@@ -131,7 +178,7 @@ impl Direction {
                 }
                 Poll::Ready(Ok(())) => {}
                 // What came before the error is worth nothing to an application that will see the error.
-                Poll::Ready(Err(e)) => return Err((true, e)),
+                Poll::Ready(Err(e)) => return Err(Failed::Reading(e)),
                 Poll::Pending => break,
             }
         }
@@ -141,15 +188,15 @@ impl Direction {
         }
         let mut written = 0;
         while written < filled.len() {
-            match Pin::new(&mut *writer).poll_write(cx, &filled[written..]).map_err(|e| (false, e))? {
-                Poll::Ready(0) => return Err((false, io::ErrorKind::WriteZero.into())),
+            match Pin::new(&mut *writer).poll_write(cx, &filled[written..]).map_err(Failed::Writing)? {
+                Poll::Ready(0) => return Err(Failed::Writing(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(n) => written += n,
                 Poll::Pending => break,
             }
         }
         self.unflushed |= written > 0;
         if written < filled.len() {
-            self.pending = Bytes::copy_from_slice(&filled[written..]);
+            self.keep(Bytes::copy_from_slice(&filled[written..]), budget).map_err(Failed::OverBudget)?;
             if written == 0 {
                 return Ok(Poll::Pending);
             }
@@ -170,40 +217,53 @@ pub async fn bidirectional<A: Transport, B: Transport>(
     to_a: Bytes,
     idle: Option<Duration>,
     count: &mut impl Count,
+    budget: &Arc<PodBudget>,
 ) -> Result<(), CopyError> {
-    let mut a_to_b = Direction::with_pending(to_b);
-    let mut b_to_a = Direction::with_pending(to_a);
+    let result = copy(a, b, [to_b, to_a], idle, count, budget).await;
+    if result.is_err() {
+        a.abort();
+        b.abort();
+    }
+    result
+}
+
+async fn copy<A: Transport, B: Transport>(
+    a: &mut A,
+    b: &mut B,
+    [to_b, to_a]: [Bytes; 2],
+    idle: Option<Duration>,
+    count: &mut impl Count,
+    budget: &Arc<PodBudget>,
+) -> Result<(), CopyError> {
+    let mut a_to_b = Direction::with_pending(to_b, budget).map_err(CopyError::OverBudget)?;
+    let mut b_to_a = Direction::with_pending(to_a, budget).map_err(CopyError::OverBudget)?;
     let mut moved_at = Instant::now();
     let mut timer = idle.map(|idle| Box::pin(tokio::time::sleep(idle)));
-    let result = poll_fn(|cx| {
+    poll_fn(|cx| {
         let (mut done_ab, mut done_ba) = (false, false);
         let mut moved = false;
         // One step of each direction at a time, so that neither starves the other.
         loop {
             let mut progress = false;
             if !done_ab {
-                match a_to_b.poll(cx, a, b) {
+                match a_to_b.poll(cx, a, b, budget) {
                     Poll::Ready(Ok(Step::Moved(n))) => {
                         count.a_to_b(n);
                         progress = true;
                     }
                     Poll::Ready(Ok(Step::Ended)) => done_ab = true,
-                    Poll::Ready(Err((reading, e))) => {
-                        return Poll::Ready(Err(CopyError::Io(if reading { Side::A } else { Side::B }, e)));
-                    }
+                    Poll::Ready(Err(e)) => return Poll::Ready(Err(e.between(Side::A, Side::B))),
                     Poll::Pending => {}
                 }
             }
             if !done_ba {
-                match b_to_a.poll(cx, b, a) {
+                match b_to_a.poll(cx, b, a, budget) {
                     Poll::Ready(Ok(Step::Moved(n))) => {
                         count.b_to_a(n);
                         progress = true;
                     }
                     Poll::Ready(Ok(Step::Ended)) => done_ba = true,
-                    Poll::Ready(Err((reading, e))) => {
-                        return Poll::Ready(Err(CopyError::Io(if reading { Side::B } else { Side::A }, e)));
-                    }
+                    Poll::Ready(Err(e)) => return Poll::Ready(Err(e.between(Side::B, Side::A))),
                     Poll::Pending => {}
                 }
             }
@@ -229,17 +289,14 @@ pub async fn bidirectional<A: Transport, B: Transport>(
         }
         Poll::Pending
     })
-    .await;
-    if result.is_err() {
-        a.abort();
-        b.abort();
-    }
-    result
+    .await
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::worker::resilience::PodLimits;
+    use crate::worker::resilience::pod::Share;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
     use tokio::net::{TcpListener, TcpStream};
 
@@ -253,6 +310,10 @@ mod tests {
         fn b_to_a(&mut self, n: u64) {
             self.1 += n;
         }
+    }
+
+    fn budget() -> Arc<PodBudget> {
+        PodBudget::new(&PodLimits::default())
     }
 
     async fn tcp_pair() -> (TcpStream, TcpStream) {
@@ -269,7 +330,7 @@ mod tests {
         let copy = async {
             let mut total = Total::default();
             let early = Bytes::from_static(b"sniffed ");
-            bidirectional(&mut a, &mut b, early, Bytes::new(), None, &mut total).await.unwrap();
+            bidirectional(&mut a, &mut b, early, Bytes::new(), None, &mut total, &budget()).await.unwrap();
             (total.0, total.1)
         };
         let talk = async {
@@ -294,7 +355,8 @@ mod tests {
         let (mut b, mut server) = tcp_pair().await;
         let copy = async move {
             let mut total = Total::default();
-            let r = bidirectional(&mut a, &mut b, Bytes::new(), Bytes::new(), None, &mut total).await;
+            let r =
+                bidirectional(&mut a, &mut b, Bytes::new(), Bytes::new(), None, &mut total, &budget()).await;
             assert!(matches!(r, Err(CopyError::Io(Side::B, _))), "{r:?}");
         };
         let talk = async {
@@ -315,7 +377,7 @@ mod tests {
         let (mut b, _server) = duplex(64);
         let mut total = Total::default();
         let idle = Some(Duration::from_secs(60));
-        let r = bidirectional(&mut a, &mut b, Bytes::new(), Bytes::new(), idle, &mut total).await;
+        let r = bidirectional(&mut a, &mut b, Bytes::new(), Bytes::new(), idle, &mut total, &budget()).await;
         assert!(matches!(r, Err(CopyError::Idle)));
     }
 
@@ -324,7 +386,8 @@ mod tests {
         let (mut client, mut a) = duplex(1024);
         let (mut b, _server_never_reads) = duplex(1024);
         let mut total = Total::default();
-        let copy = bidirectional(&mut a, &mut b, Bytes::new(), Bytes::new(), None, &mut total);
+        let budget = budget();
+        let copy = bidirectional(&mut a, &mut b, Bytes::new(), Bytes::new(), None, &mut total, &budget);
         let flood = async {
             let mut sent = 0;
             while let Ok(Ok(n)) =
@@ -339,5 +402,38 @@ mod tests {
             _ = copy => panic!("the copy ended"),
         };
         assert!(sent <= BUFFER + 4096, "{sent} bytes were taken from a client whose server reads nothing");
+    }
+
+    #[tokio::test]
+    async fn what_a_slow_reader_leaves_counts_against_its_pod_until_it_is_read() {
+        let (mut client, mut a) = duplex(1 << 16);
+        let (mut b, mut server) = duplex(100);
+        let budget = budget();
+        let mut total = Total::default();
+        let copy = bidirectional(&mut a, &mut b, Bytes::new(), Bytes::new(), None, &mut total, &budget);
+        let story = async {
+            client.write_all(&[7; 1100]).await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut got = [0; 1100];
+            server.read_exact(&mut got[..1]).await.unwrap();
+            assert_eq!(budget.used(Share::BufferedByte), 1000);
+            server.read_exact(&mut got[1..]).await.unwrap();
+            server.shutdown().await.unwrap();
+        };
+        let (copied, ()) = tokio::join!(copy, story);
+        copied.unwrap();
+        assert_eq!(budget.used(Share::BufferedByte), 0);
+    }
+
+    #[tokio::test]
+    async fn a_slow_reader_of_a_pod_over_its_share_is_cut() {
+        let (mut client, mut a) = duplex(1 << 16);
+        let (mut b, _server_never_reads) = duplex(100);
+        let budget = PodBudget::new(&PodLimits { buffered_bytes: 999, ..PodLimits::default() });
+        let mut total = Total::default();
+        client.write_all(&[7; 1100]).await.unwrap();
+        let r = bidirectional(&mut a, &mut b, Bytes::new(), Bytes::new(), None, &mut total, &budget).await;
+        assert!(matches!(r, Err(CopyError::OverBudget(_))), "{r:?}");
+        assert_eq!(budget.used(Share::BufferedByte), 0);
     }
 }

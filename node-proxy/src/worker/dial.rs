@@ -18,6 +18,7 @@ use super::pods::LocalPod;
 use super::pool::WayKind;
 use super::read_ahead::ReadAhead;
 use super::reason::{Reason, Reasons};
+use super::resilience::pod::OverBudget;
 use super::shared::Shared;
 use super::telemetry::Side;
 use super::thread::Thread;
@@ -134,6 +135,9 @@ pub enum DialError {
     /// The tunnel ended before its far end said whether it reached the application.
     #[error("the tunnel to {0} ended before the application was reached: {1}")]
     Unanswered(SocketAddr, io::Error),
+    /// The pod is on this node and used up its share of the proxy.
+    #[error("{0} takes no more connections: {1}")]
+    OverBudget(SocketAddr, OverBudget),
     /// The tunnel target would be the tunnel itself.
     #[error("{0} is the mesh's own port")]
     OwnPort(SocketAddr),
@@ -150,6 +154,7 @@ impl DialError {
             Self::Tls(..) => Reason::TlsFailure,
             Self::Far(_, failure) => failure.reason(),
             Self::Unanswered(..) => Reason::UpstreamTermination,
+            Self::OverBudget(..) => Reason::UpstreamOverflow,
             Self::OwnPort(_) => Reason::NoRoute,
         }
     }
@@ -161,7 +166,8 @@ impl DialError {
             | Self::ConnectTimeout(..)
             | Self::TlsTimeout(..)
             | Self::Tunnel(..)
-            | Self::Unanswered(..) => true,
+            | Self::Unanswered(..)
+            | Self::OverBudget(..) => true,
             Self::Far(_, failure) => failure.is_endpoints(),
             Self::Tls(_, refusal) => !matches!(refusal, Refusal::Signing(_) | Refusal::NoTrust),
             Self::Socket(..) | Self::NoCertificate(..) | Self::OwnPort(_) => false,

@@ -31,6 +31,7 @@ use super::policy::{self, Asker};
 use super::reach::{Lost, Reached, Reaching, Standing, Unreached};
 use super::reason::Reason;
 use super::relay::{self, Relay};
+use super::resilience::pod::Held;
 use super::sockets::canonical;
 use super::telemetry::Direction;
 use super::thread::Thread;
@@ -101,6 +102,8 @@ pub struct Chosen {
     pub address: SocketAddr,
     /// How.
     pub way: Way,
+    /// What it takes of the destination's share of the proxy, where that pod is on this node.
+    pub share: Option<Held>,
 }
 
 impl Outbound {
@@ -132,12 +135,12 @@ impl Outbound {
                         None => mesh.by_address(address.ip()),
                     };
                     let way = Way::choose(shared, &self.source, address, workload);
-                    return Some(Chosen { picked: Some(picked), address, way });
+                    return Some(Chosen { picked: Some(picked), address, way, share: None });
                 }
             }
             Target::Address(workload, _) => {
                 let way = Way::choose(shared, &self.source, self.asked, workload.clone());
-                Some(Chosen { picked: None, address: self.asked, way })
+                Some(Chosen { picked: None, address: self.asked, way, share: None })
             }
         }
     }

@@ -27,6 +27,7 @@ use super::dial::{self, DialError, Way};
 use super::io::Transport;
 use super::outbound::{Chosen, Outbound, Target, log_failed_dial};
 use super::reason::{Reason, Reasons};
+use super::resilience::pod::{Held, OverBudget};
 use super::resilience::retry::Cause;
 use super::tunnel::answer;
 
@@ -105,6 +106,17 @@ impl Reaching {
             if let Err(reason) = ctx.admit(&chosen) {
                 (self.last, self.reasons) = (Some(chosen.way), reason.into());
                 break;
+            }
+            // On this node the destination's share is taken here: no second proxy accepts the connection.
+            if let Way::SameNode(pod, _) = &chosen.way {
+                match pod.budget.connection() {
+                    Ok(held) => chosen.share = Some(held),
+                    Err(e) => {
+                        let error = DialError::OverBudget(chosen.address, e);
+                        self.failed(ctx, target, chosen, &error, true);
+                        continue;
+                    }
+                }
             }
             let purpose = ctx.purpose(target, chosen.address, ctx.protocol);
             match dial::connect(&ctx.thread, &ctx.pod, &chosen.way, &purpose).await {
@@ -231,11 +243,17 @@ impl Reaching {
             let mut early = Early { header: bytes.len(), written: 0, unflushed: false, client_ended: false };
             bytes.extend_from_slice(&read);
             if reached.awaits_answer {
+                let mut held = match ctx.pod.budget.buffer(bytes.len() as u64) {
+                    Ok(held) => held,
+                    Err(e) => return Err(over_budget(reached, e)),
+                };
                 let destination = reached.first.chosen.address;
                 let limit = answer_limit(ctx);
                 let stream = &mut reached.first.upstream.stream;
-                let heard =
-                    timeout(limit, poll_fn(|cx| early.poll(cx, client, stream, &mut bytes, destination)));
+                let heard = timeout(
+                    limit,
+                    poll_fn(|cx| early.poll(cx, client, stream, &mut bytes, &mut held, destination)),
+                );
                 match heard
                     .await
                     .unwrap_or(Err(Ended::Endpoint(DialError::ConnectTimeout(destination, limit))))
@@ -243,7 +261,11 @@ impl Reaching {
                     Ok(()) => self.stands(ctx, &mut reached.first.chosen),
                     Err(ended) => {
                         stream.abort();
-                        let Ended::Endpoint(error) = ended else { return Err(Lost::Client) };
+                        let error = match ended {
+                            Ended::Endpoint(error) => error,
+                            Ended::OverBudget(e) => return Err(over_budget(reached, e)),
+                            Ended::Client => return Err(Lost::Client),
+                        };
                         let safe = matches!(error, DialError::Far(..)) || early.sent() == 0;
                         self.failed(ctx, target, reached.first.chosen, &error, safe);
                         read = bytes.split_off(early.header);
@@ -274,6 +296,14 @@ impl Reached {
     }
 }
 
+/// The client's own pod holds too much in buffers; another endpoint would not change that.
+fn over_budget(mut reached: Reached, error: OverBudget) -> Lost {
+    tracing::info!(%error, "a connection was cut");
+    reached.first.upstream.stream.abort();
+    let way = Some(reached.first.chosen.way);
+    Lost::Endpoints(Unreached { way, reasons: Reason::OverBudget.into() })
+}
+
 /// How long the far side may take to answer: its own connect, with what it needs to get there.
 fn answer_limit(ctx: &Outbound) -> std::time::Duration {
     let timeouts = &ctx.thread.shared.settings.timeouts;
@@ -296,6 +326,7 @@ fn poll_answer<S: AsyncRead + Unpin>(
 
 enum Ended {
     Client,
+    OverBudget(OverBudget),
     Endpoint(DialError),
 }
 
@@ -321,6 +352,7 @@ impl Early {
         client: &mut C,
         upstream: &mut S,
         bytes: &mut BytesMut,
+        held: &mut Held,
         destination: SocketAddr,
     ) -> Poll<Result<(), Ended>> {
         loop {
@@ -332,6 +364,7 @@ impl Early {
                 match Pin::new(&mut *client).poll_read(cx, &mut buf) {
                     Poll::Ready(Ok(())) if buf.filled().is_empty() => self.client_ended = true,
                     Poll::Ready(Ok(())) => {
+                        held.grow(buf.filled().len() as u64).map_err(Ended::OverBudget)?;
                         bytes.extend_from_slice(buf.filled());
                         progress = true;
                     }
@@ -364,22 +397,25 @@ mod tests {
     use tokio::io::{AsyncReadExt, duplex};
 
     use super::*;
+    use crate::worker::resilience::{PodBudget, PodLimits};
     use crate::worker::tunnel::answer::Failure;
 
     const FAR: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 80);
 
-    fn early() -> (Early, BytesMut) {
+    fn early() -> (Early, BytesMut, Held) {
         let early = Early { header: 4, written: 0, unflushed: false, client_ended: false };
-        (early, BytesMut::from(&b"HEADfirst"[..]))
+        let held = PodBudget::new(&PodLimits::default()).buffer(9).unwrap();
+        (early, BytesMut::from(&b"HEADfirst"[..]), held)
     }
 
     #[tokio::test]
     async fn a_clients_bytes_flow_before_the_answer_and_are_kept_for_another_endpoint() {
         let (mut client, mut near) = duplex(1024);
         let (mut upstream, mut far) = duplex(1024);
-        let (mut state, mut bytes) = early();
+        let (mut state, mut bytes, mut held) = early();
         let hear = async {
-            let heard = poll_fn(|cx| state.poll(cx, &mut near, &mut upstream, &mut bytes, FAR)).await;
+            let heard =
+                poll_fn(|cx| state.poll(cx, &mut near, &mut upstream, &mut bytes, &mut held, FAR)).await;
             drop(upstream);
             heard
         };
@@ -404,12 +440,12 @@ mod tests {
     async fn the_servers_bytes_after_the_answer_are_left_for_the_relay_and_so_is_the_clients_end() {
         let (mut client, mut near) = duplex(1024);
         let (mut upstream, mut far) = duplex(1024);
-        let (mut state, mut bytes) = early();
+        let (mut state, mut bytes, mut held) = early();
         client.write_all(b" and last").await.unwrap();
         client.shutdown().await.unwrap();
         answer::connected(&mut far).await.unwrap();
         far.write_all(b"220 welcome").await.unwrap();
-        let heard = poll_fn(|cx| state.poll(cx, &mut near, &mut upstream, &mut bytes, FAR)).await;
+        let heard = poll_fn(|cx| state.poll(cx, &mut near, &mut upstream, &mut bytes, &mut held, FAR)).await;
         assert!(heard.is_ok());
         let mut banner = [0; 11];
         upstream.read_exact(&mut banner).await.unwrap();
@@ -422,7 +458,7 @@ mod tests {
     async fn a_client_that_says_much_before_the_answer_is_held_back() {
         let (mut client, mut near) = duplex(1024);
         let (mut upstream, mut far) = duplex(KEPT * 4);
-        let (mut state, mut bytes) = early();
+        let (mut state, mut bytes, mut held) = early();
         let flood = async {
             loop {
                 if client.write_all(&[b'x'; 1024]).await.is_err() {
@@ -431,7 +467,7 @@ mod tests {
             }
         };
         let heard = poll_fn(|cx| {
-            let heard = state.poll(cx, &mut near, &mut upstream, &mut bytes, FAR);
+            let heard = state.poll(cx, &mut near, &mut upstream, &mut bytes, &mut held, FAR);
             assert!(bytes.len() <= state.header + KEPT);
             heard
         });
@@ -455,9 +491,9 @@ mod tests {
     async fn an_end_without_an_answer_is_no_answer() {
         let (_client, mut near) = duplex(1024);
         let (mut upstream, far) = duplex(1024);
-        let (mut state, mut bytes) = early();
+        let (mut state, mut bytes, mut held) = early();
         drop(far);
-        let heard = poll_fn(|cx| state.poll(cx, &mut near, &mut upstream, &mut bytes, FAR)).await;
+        let heard = poll_fn(|cx| state.poll(cx, &mut near, &mut upstream, &mut bytes, &mut held, FAR)).await;
         assert!(matches!(heard, Err(Ended::Endpoint(DialError::Unanswered(..)))));
     }
 }

@@ -13,6 +13,7 @@ use super::io::{Stream, Transport};
 use super::outbound::{Chosen, Outbound, Target};
 use super::reason::{Reason, Reasons};
 use super::report::ConnectionReport;
+use super::resilience::PodBudget;
 use super::telemetry::{Pair, Reporter, TcpSeries};
 use super::thread::Thread;
 use super::{app, call};
@@ -66,18 +67,19 @@ impl Relay {
         if matches!(chosen.way, Way::SameNode(..)) {
             pairs.push(Pair { reporter: Reporter::Destination, ..pair });
         }
-        self.run(&ctx.thread, &pairs, chosen.address, ctx.revoked(chosen)).await;
+        self.run(&ctx.thread, &ctx.pod.budget, &pairs, chosen.address, ctx.revoked(chosen)).await;
     }
 
     /// Relays a connection to a pod's application.
     pub async fn run_inbound(self, ctx: &Inbound) {
-        self.run(&ctx.thread, &[app::pair(ctx)], ctx.local, ctx.revoked()).await;
+        self.run(&ctx.thread, &ctx.pod.budget, &[app::pair(ctx)], ctx.local, ctx.revoked()).await;
     }
 
     /// Until both directions ended, one failed, or the connection is no longer allowed: then both sides are reset.
     async fn run(
         self,
         thread: &Thread,
+        budget: &Arc<PodBudget>,
         pairs: &[Pair<'_>],
         upstream: SocketAddr,
         revoked: impl Future<Output = Reason>,
@@ -104,6 +106,7 @@ impl Relay {
             self.to_client,
             (!idle.is_zero()).then_some(idle),
             &mut ending.counted,
+            budget,
         );
         let end = tokio::select! {
             // First, so that a connection that was allowed when it was made passes no byte when it is not any more.
@@ -122,6 +125,10 @@ impl Relay {
         ending.reasons = match end {
             Ok(()) => Reasons::NONE,
             Err(CopyError::Idle) => Reason::StreamIdleTimeout.into(),
+            Err(CopyError::OverBudget(e)) => {
+                tracing::info!(error = %e, "a connection was cut");
+                Reason::OverBudget.into()
+            }
             Err(CopyError::Io(Side::A, _)) => Reason::DownstreamTermination.into(),
             Err(CopyError::Io(Side::B, _)) => Reason::UpstreamTermination.into(),
         };
@@ -169,7 +176,7 @@ pub fn failed(
     reasons: Reasons,
 ) {
     client.abort();
-    let chosen = way.map(|way| Chosen { picked: None, address: ctx.asked, way });
+    let chosen = way.map(|way| Chosen { picked: None, address: ctx.asked, way, share: None });
     report_failed(
         &ctx.thread,
         &call::pair(Reporter::Source, ctx, target, chosen.as_ref()),
