@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 
 RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 seconds: close() sends RST (tcp(7))
 BLOCK = bytes(range(256)) * 256
@@ -63,6 +64,13 @@ def serve_echo(conn):
 def serve_banner(conn):
     conn.sendall(b"220 welcome\r\n")
     serve_echo(conn)
+
+
+def serve_web(conn):
+    """Answers every request of an HTTP/1.1 connection without a body."""
+    while request := conn.recv(1 << 16):
+        if request.endswith(b"\r\n\r\n"):
+            conn.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
 
 
 def serve_reset(conn):
@@ -166,6 +174,57 @@ def call_speak_and_read(conn):
 
 def call_listen(conn):
     return {"received": len(conn.recv(1))}
+
+
+def call_stay(conn):
+    """Says nothing, and waits for the end."""
+    say(stands=True)
+    return wait_for_end(conn)
+
+
+def call_ask_and_stay(conn):
+    conn.sendall(b"ping")
+    say(stands=True, answer=conn.recv(4, socket.MSG_WAITALL).decode())
+    return wait_for_end(conn)
+
+
+def wait_for_end(conn):
+    conn.settimeout(None)
+    try:
+        return {"end": "data" if conn.recv(1) else "eof"}
+    except ConnectionResetError:
+        return {"end": "reset"}
+
+
+def call_keep_asking(conn):
+    """Asks an echo server again and again, until killed."""
+    say(stands=True)
+    while True:
+        conn.sendall(b"ping")
+        say(asked=conn.recv(4, socket.MSG_WAITALL).decode())
+        time.sleep(0.1)
+
+
+def call_web_until_refused(conn):
+    """Makes requests on one connection until one is not answered with 200."""
+    stands = False
+    while True:
+        conn.sendall(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n")
+        head = b""
+        while b"\r\n\r\n" not in head:
+            data = conn.recv(4096)
+            if not data:
+                raise EOFError("the connection ended within an answer")
+            head += data
+        lines = head.split(b"\r\n\r\n")[0].decode().split("\r\n")
+        status = int(lines[0].split()[1])
+        if status != 200:
+            fields = dict(line.lower().split(": ", 1) for line in lines[1:])
+            return {"status": status, "reason": fields.get("x-sockmesh-reason", "").upper()}
+        if not stands:
+            say(stands=True)
+            stands = True
+        time.sleep(0.1)
 
 
 def call_end_then_read(conn):

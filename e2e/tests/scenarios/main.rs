@@ -29,10 +29,12 @@ fn main() -> ExitCode {
         tcp::a_server_that_speaks_first_is_heard_at_once,
         tcp::databases_work_through_the_mesh,
         tcp::a_refused_connection_is_refused_or_reset_and_never_a_clean_end,
+        tcp::an_application_that_refuses_on_another_node_is_replaced_by_one_that_does_not,
         tcp::a_reset_arrives_as_a_reset_in_both_directions,
         tcp::half_closed_connections_go_on_in_the_other_direction,
         tcp::two_gibibytes_arrive_unchanged_both_ways,
         policy::a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it,
+        policy::a_stricter_policy_ends_the_plain_connections_that_it_forbids,
         policy::peers_that_the_mesh_did_not_certify_are_refused_by_name,
         restarts::a_worker_that_is_killed_under_load_refuses_no_connection_and_sends_nothing_plain,
         restarts::an_agent_that_is_killed_and_comes_back_costs_no_request,
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         restarts::processes_have_the_rights_that_they_need_and_no_more,
         volume::five_thousand_http_connections_at_the_same_time_are_served,
         volume::a_thousand_tcp_connections_at_the_same_time_are_each_their_own,
+        volume::a_pod_takes_no_more_connections_than_it_may_from_either_node,
         volume::readers_that_do_not_read_cost_little_memory,
     ])
 }

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 use e2e::{Outcome, Stage, talk};
 use rcgen::string::Ia5String;
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, SanType};
-use testbed::wait;
+use serde_json::Value;
+use testbed::{Pod, Process, wait};
 
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
 
@@ -36,6 +37,67 @@ pub(crate) fn a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it() -
             }
             let seen = talk::call(&stage.client, "look", server.v4(), 7001)?;
             ensure!(seen["answer"] == "ping", "a permissive pod to one of the mesh: {seen}");
+        }
+        Ok(())
+    })
+}
+
+pub(crate) fn a_stricter_policy_ends_the_plain_connections_that_it_forbids() -> Result<Outcome> {
+    Stage::annotated(&[("sockmesh.io/mtls", "permissive")])?.play(|stage| {
+        let client = |pod, behaviour, server: &Pod, port| {
+            talk::caller(pod, behaviour, server.v4().into(), port).spawn()
+        };
+        let line = |client: &Process, member: &str, n: usize| -> Result<Value> {
+            wait::until(&format!("line {n} with {member:?} of {}", client.name()), LIMIT, || {
+                let lines = client.log()?;
+                let lines = lines.split_inclusive('\n').filter(|l| l.ends_with('\n'));
+                let lines = lines.map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+                Ok(lines.into_iter().filter(|l| l.get(member).is_some()).nth(n - 1))
+            })
+        };
+        let mut servers = Vec::new();
+        let (mut forbidden, mut web, mut allowed) = (Vec::new(), Vec::new(), Vec::new());
+        for server in [&stage.near, &stage.far] {
+            servers.push(talk::serve(server, "echo", 7000)?);
+            servers.push(talk::serve(server, "web", 8000)?);
+            // One that talks, and one of which nobody knows yet what it speaks.
+            forbidden.push(client(&stage.stranger, "ask-and-stay", server, 7000)?);
+            forbidden.push(client(&stage.stranger, "stay", server, 7000)?);
+            web.push(client(&stage.stranger, "web-until-refused", server, 8000)?);
+            allowed.push(client(&stage.client, "keep-asking", server, 7000)?);
+        }
+        for standing in forbidden.iter().chain(&web).chain(&allowed) {
+            line(standing, "stands", 1)?;
+        }
+        for server in servers.iter().step_by(2) {
+            server.line_with("accepted", 3)?;
+        }
+
+        stage.announce_refusal("PLAIN");
+        stage.mesh.namespace(
+            "shop",
+            &[("sockmesh.io/mesh", "enabled")],
+            &[("sockmesh.io/mtls", "strict")],
+        )?;
+        stage.mesh.settle()?;
+        for ended in &forbidden {
+            let end = line(ended, "end", 1)?;
+            ensure!(end["end"] == "reset", "{} ended with {end}", ended.name());
+        }
+        for refused in &web {
+            let end = line(refused, "status", 1)?;
+            ensure!(end["status"] == 403 && end["reason"] == "PLAIN", "the next request got {end}");
+        }
+        for goes_on in &allowed {
+            let so_far = goes_on.log()?.lines().count();
+            line(goes_on, "asked", so_far + 3)?;
+        }
+        for node in stage.mesh.nodes() {
+            let refused = node.metrics()?.sum("sockmesh_refused_total", &[("reason", "PLAIN")]);
+            ensure!(refused >= 2.0, "{} counted {refused} ends", node.name());
+            let labels = [("reporter", "destination"), ("response_flags", "PLAIN")];
+            let closed = node.metrics()?.sum("istio_tcp_connections_closed_total", &labels);
+            ensure!(closed >= 2.0, "{} closed {closed} connections for PLAIN", node.name());
         }
         Ok(())
     })

@@ -2,8 +2,9 @@
 
 use anyhow::{Result, ensure};
 use e2e::{Outcome, Stage, talk};
-use testbed::{Capture, ServiceSpec, programs};
+use testbed::{Capture, ServiceSpec, programs, wait};
 
+const LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
 const CANARY: &str = "canary-9be2a7";
 
 /// What the mesh must not change: the same stories with no mesh at all, so that the others can be believed.
@@ -93,6 +94,57 @@ fn refuse_closed_ports(stage: &Stage) -> Result<()> {
         }
     }
     Ok(())
+}
+
+pub(crate) fn an_application_that_refuses_on_another_node_is_replaced_by_one_that_does_not() -> Result<Outcome>
+{
+    Stage::new()?.play(|stage| {
+        // Both are said to be ready; behind the one on the other node nothing listens.
+        let service = |name: &str, port: &str, number| {
+            let spec = ServiceSpec::new("shop", name).selector("tier", "back").port(port, number, number);
+            stage.mesh.service(spec)
+        };
+        let declared = service("declared", "tcp", 7100)?;
+        let found_out = service("found-out", "odd", 7101)?;
+        let silent = service("silent", "tcp", 7102)?;
+        let (_declared, _found_out) =
+            (talk::serve(&stage.near, "banner", 7100)?, talk::serve(&stage.near, "banner", 7101)?);
+        stage.mesh.settle()?;
+        let retried = |result| -> Result<f64> {
+            let labels = [("reason", "connect"), ("result", result)];
+            Ok(stage.mesh.node(1).metrics()?.sum("sockmesh_retries_total", &labels))
+        };
+        // One has to be tried in vain for this to mean something; which one comes first is chance, except that an
+        // endpoint that failed is left alone for a while.
+        for (vips, port) in [(&declared, 7100), (&found_out, 7101)] {
+            let before = retried("success")?;
+            wait::until(&format!("a retry on port {port}"), LIMIT, || {
+                for vip in vips {
+                    let speaks_second = talk::call(&stage.client, "wait-for-banner", *vip, port)?;
+                    ensure!(speaks_second["answer"] == "ping", "{vip}: {speaks_second}");
+                    let speaks_first = talk::call(&stage.client, "look", *vip, port)?;
+                    ensure!(speaks_first["answer"] == "220 ", "{vip}: {speaks_first}");
+                }
+                Ok((retried("success")? > before).then_some(()))
+            })?;
+        }
+        // Nobody left: a reset, and the reason is the destination's.
+        for behaviour in ["listen", "speak-and-read"] {
+            let end = talk::call(&stage.client, behaviour, silent[0], 7102)?;
+            ensure!(end["error"] == "ConnectionResetError", "{behaviour} with nobody there: {end}");
+        }
+        let node = stage.mesh.node(1);
+        let labels = [("reporter", "source"), ("response_flags", "UF")];
+        let closed = node.metrics()?.sum("istio_tcp_connections_closed_total", &labels);
+        ensure!(closed >= 2.0, "{closed} connections were closed for UF");
+        let logs = stage.mesh.logs()?;
+        let said = |log: &str| log.contains("the application refused the connection");
+        ensure!(
+            logs.iter().any(|(name, log)| name.starts_with("n1-") && said(log)),
+            "the reason is not in the log"
+        );
+        Ok(())
+    })
 }
 
 pub(crate) fn a_reset_arrives_as_a_reset_in_both_directions() -> Result<Outcome> {

@@ -1,12 +1,13 @@
 //! Much of everything.
 
 use std::fs;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::{Outcome, Stage, talk};
 use testbed::load::{LoadReport, load};
-use testbed::{Node, programs, wait};
+use testbed::{Node, Pod, PodSpec, Process, programs, wait};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -44,6 +45,41 @@ fn resident_kib(node: &Node) -> Result<u64> {
         sum += line.trim().trim_end_matches(" kB").parse::<u64>()?;
     }
     Ok(sum)
+}
+
+pub(crate) fn a_pod_takes_no_more_connections_than_it_may_from_either_node() -> Result<Outcome> {
+    let stage = Stage::unmeshed(&[])?;
+    stage.mesh.node_setting("/worker/limits/connections_per_pod", serde_json::json!(3))?;
+    stage.start()?;
+    stage.play(|stage| {
+        let friend = stage.mesh.pod(PodSpec::new("shop", "friend").node(1))?;
+        stage.mesh.enrol(&friend)?;
+        stage.mesh.settle()?;
+        let _echo = talk::serve(&stage.near, "echo", 7000)?;
+        let address = IpAddr::from(stage.near.v4());
+        let hold = |pod: &Pod| -> Result<Process> {
+            let mut holder = talk::caller(pod, "ask-and-stay", address, 7000).spawn()?;
+            holder.wait_for_log("stands", LIMIT)?;
+            Ok(holder)
+        };
+        // Each has room for more itself; it is the server's share that is used up.
+        let (_first, mut second, _third) = (hold(&stage.client)?, hold(&friend)?, hold(&stage.far)?);
+        stage.announce_refusal("OB");
+        for pod in [&stage.client, &friend, &stage.far] {
+            let end = talk::call(pod, "look", address, 7000)?;
+            ensure!(end["error"] == "ConnectionResetError", "{} beyond the limit: {end}", pod.name());
+        }
+        let labels = [("reporter", "source"), ("response_flags", "UO")];
+        let refused = stage.mesh.node(1).metrics()?.sum("istio_tcp_connections_closed_total", &labels);
+        ensure!(refused >= 2.0, "{refused} connections on one node were refused for the server's share");
+        second.kill()?;
+        for pod in [&stage.client, &stage.far] {
+            wait::until(&format!("room for {}", pod.name()), LIMIT, || {
+                Ok((talk::call(pod, "look", address, 7000)?["answer"] == "ping").then_some(()))
+            })?;
+        }
+        Ok(())
+    })
 }
 
 pub(crate) fn readers_that_do_not_read_cost_little_memory() -> Result<Outcome> {
