@@ -11,8 +11,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::http::{
-    Call, Exchange, H1Upstream, HeaderEdits, LocalReply, Outcome, Replay, RequestInfo, UpstreamFailure,
-    Verdict, grpc_code,
+    Call, Exchange, H1Upstream, HeaderEdits, LocalReply, Outcome, Replay, RequestInfo, ResponseInfo,
+    UpstreamFailure, Verdict, grpc_code,
 };
 use super::inbound::Inbound;
 use super::io::Stream;
@@ -272,7 +272,7 @@ impl Call for InboundCall {
         Verdict::Reply(reply)
     }
 
-    fn on_response(&mut self, _status: u16, _grpc_status: Option<u8>, _replay: Replay) -> Verdict {
+    fn on_response(&mut self, _response: ResponseInfo, _replay: Replay) -> Verdict {
         Verdict::Forward
     }
 

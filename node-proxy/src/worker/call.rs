@@ -15,8 +15,8 @@ use super::app;
 use super::balance::Health;
 use super::dial::{self, Way};
 use super::http::{
-    Call, Exchange, H1Upstream, HeaderEdits, LocalReply, Outcome, Replay, RequestInfo, UpstreamFailure,
-    Verdict, grpc_code,
+    Call, Exchange, H1Upstream, HeaderEdits, LocalReply, Outcome, Replay, RequestInfo, ResponseInfo,
+    UpstreamFailure, Verdict, grpc_code,
 };
 use super::io::Stream;
 use super::mesh::store::Snapshot;
@@ -154,6 +154,7 @@ impl Exchange for OutboundExchange {
             log: shared.logged_head(request),
             edits,
             reasons: Reasons::NONE,
+            working: false,
             finished: false,
             ctx,
             _permit: permit,
@@ -229,6 +230,9 @@ pub struct OutboundCall {
     log: Option<LoggedHead>,
     edits: Rc<HeaderEdits>,
     reasons: Reasons,
+    /// An answer that looks well is passed on; what goes wrong from then on cannot be retried, but it says something of
+    /// the endpoint.
+    working: bool,
     finished: bool,
     _permit: Held,
 }
@@ -504,14 +508,17 @@ impl Call for OutboundCall {
         Verdict::Reply(reply)
     }
 
-    fn on_response(&mut self, status: u16, grpc_status: Option<u8>, replay: Replay) -> Verdict {
+    fn on_response(&mut self, response: ResponseInfo, replay: Replay) -> Verdict {
+        let ResponseInfo { status, grpc_status, retry_after } = response;
+        let health = Health::of(status, grpc_status, retry_after);
         if let Some(picked) = self.current.as_mut().and_then(|c| c.picked.as_mut()) {
-            picked.answered(Health::of(status, grpc_status, None));
+            picked.answered(health);
         }
         if !self.attempts.policy().statuses.contains(&status) {
             if let Some(cause) = self.retrying.take() {
                 self.ctx.thread.shared.metrics.retried(cause, true);
             }
+            self.working = health == Health::Working;
             return Verdict::Forward;
         }
         match self.failed(Happened::Status(status), replay) {
@@ -525,8 +532,19 @@ impl Call for OutboundCall {
 
     fn finish(mut self, outcome: &Outcome) {
         self.finished = true;
+        let failed_late = self.working && fails_late(outcome);
+        if failed_late && let Some(picked) = self.current.as_mut().and_then(|c| c.picked.as_mut()) {
+            picked.failed_late();
+        }
         self.report(outcome);
     }
+}
+
+/// Whether an answer that began well turned out to be a failure of the endpoint: in gRPC's trailers, or cut.
+fn fails_late(outcome: &Outcome) -> bool {
+    let cut = [Reason::UpstreamTermination, Reason::UpstreamReset, Reason::UpstreamProtocolError];
+    let failing = Health::of(outcome.status, outcome.grpc_status, None) != Health::Working;
+    failing || cut.iter().any(|reason| outcome.reasons.has(*reason))
 }
 
 impl OutboundCall {
@@ -571,5 +589,26 @@ struct DialGuard<'a> {
 impl Drop for DialGuard<'_> {
     fn drop(&mut self) {
         self.thread.pools.h2_dialed(self.key, std::mem::replace(&mut self.made, Err(None)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_in_the_trailers_or_a_cut_answer_is_the_endpoints() {
+        let outcome = |status, grpc_status, reasons: Reasons| Outcome {
+            status,
+            grpc_status,
+            reasons,
+            ..Outcome::default()
+        };
+        assert!(fails_late(&outcome(200, Some(14), Reasons::NONE)));
+        assert!(fails_late(&outcome(200, None, Reason::UpstreamTermination.into())));
+        assert!(fails_late(&outcome(200, None, Reason::UpstreamReset.into())));
+        assert!(!fails_late(&outcome(200, Some(0), Reasons::NONE)));
+        assert!(!fails_late(&outcome(200, Some(5), Reasons::NONE)), "not found");
+        assert!(!fails_late(&outcome(200, None, Reason::DownstreamTermination.into())), "the client left");
     }
 }

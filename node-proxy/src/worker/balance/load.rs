@@ -27,7 +27,7 @@ pub struct LoadSettings {
     pub default_rtt: Duration,
     /// Round trip that a failed answer counts with when it does not say how long to wait.
     pub penalty: Duration,
-    /// Most that `Retry-After` or `grpc-retry-pushback-ms` may ask for.
+    /// Most that `Retry-After` may ask for.
     pub penalty_max: Duration,
     /// Pause after a first failed connect.
     pub backoff_min: Duration,

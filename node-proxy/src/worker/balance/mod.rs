@@ -120,7 +120,7 @@ pub enum Health {
 impl Health {
     /// Judges an answer: 429, 5xx, gRPC `RESOURCE_EXHAUSTED` (8) and `UNAVAILABLE` (14) are failures.
     ///
-    /// `retry_after` is the answer's `Retry-After` or `grpc-retry-pushback-ms`.
+    /// `retry_after` is the answer's `Retry-After`.
     #[must_use]
     pub fn of(status: u16, grpc_status: Option<u8>, retry_after: Option<Duration>) -> Self {
         if status == 429 || status >= 500 || matches!(grpc_status, Some(8 | 14)) {
@@ -178,10 +178,10 @@ impl Picked {
         }
     }
 
-    /// What it answered at the end (gRPC trailers) turned out to be a failure.
-    pub fn failed_late(&mut self, retry_after: Option<Duration>) {
+    /// An answer that began well turned out to be a failure at its end: gRPC's status in the trailers, or a cut.
+    pub fn failed_late(&mut self) {
         self.told = true;
-        self.endpoint.load.observe_failure(retry_after, Instant::now());
+        self.endpoint.load.observe_failure(None, Instant::now());
     }
 }
 
@@ -406,6 +406,21 @@ mod tests {
             e.load.observe(Duration::from_millis(1), Instant::now());
         }
         Picked::new(&set.all()[0], Instant::now()).answered(Health::of(503, None, None));
+        for _ in 0..100 {
+            assert_eq!(pick(&set, &[]).unwrap().endpoint().address, set.all()[1].address);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_fails_at_its_end_drives_requests_elsewhere() {
+        let set = set(2);
+        for e in set.all() {
+            e.load.observe(Duration::from_millis(1), Instant::now());
+        }
+        let mut picked = Picked::new(&set.all()[0], Instant::now());
+        picked.answered(Health::of(200, None, None));
+        picked.failed_late();
+        drop(picked);
         for _ in 0..100 {
             assert_eq!(pick(&set, &[]).unwrap().endpoint().address, set.all()[1].address);
         }

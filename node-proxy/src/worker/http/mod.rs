@@ -66,6 +66,26 @@ impl RequestInfo<'_> {
     }
 }
 
+/// The parsed head of a final response.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResponseInfo {
+    /// Status.
+    pub status: u16,
+    /// `grpc-status` of a gRPC "trailers-only" response.
+    pub grpc_status: Option<u8>,
+    /// How long the server wants to be left alone (RFC 9110 §10.2.3).
+    pub retry_after: Option<Duration>,
+}
+
+/// The value of `Retry-After` in seconds. A date is not looked at: clocks of two machines differ by more than what
+/// servers ask for, and what is not understood costs no more than what is not said.
+#[must_use]
+pub fn retry_after(value: &[u8]) -> Option<Duration> {
+    // `parse` alone would take a sign.
+    value.iter().all(u8::is_ascii_digit).then_some(())?;
+    std::str::from_utf8(value).ok()?.parse().ok().map(Duration::from_secs)
+}
+
 /// A reply that the mesh makes itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalReply {
@@ -264,8 +284,8 @@ pub trait Call: 'static {
     /// An attempt failed before a response head.
     fn on_failure(&mut self, failure: UpstreamFailure, replay: Replay) -> Verdict;
 
-    /// A final (not 1xx) response head came; for gRPC "trailers-only" responses its `grpc-status`.
-    fn on_response(&mut self, status: u16, grpc_status: Option<u8>, replay: Replay) -> Verdict;
+    /// A final (not 1xx) response head came.
+    fn on_response(&mut self, response: ResponseInfo, replay: Replay) -> Verdict;
 
     /// The end.
     fn finish(self, outcome: &Outcome);
@@ -329,6 +349,14 @@ impl Default for HttpLimits {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn retry_after_is_read_in_seconds_only() {
+        assert_eq!(retry_after(b"120"), Some(Duration::from_secs(120)));
+        for other in [&b""[..], b"+5", b"1.5", b"Wed, 21 Oct 2015 07:28:00 GMT", b"99999999999999999999999"] {
+            assert_eq!(retry_after(other), None, "{other:?}");
+        }
+    }
 
     #[test]
     fn a_response_is_a_failed_connect_only_if_it_says_that_the_request_reached_nobody() {

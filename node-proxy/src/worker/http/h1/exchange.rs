@@ -7,7 +7,10 @@ use std::task::{Context, Poll};
 use bytes::Buf;
 use tokio::time::Instant;
 
-use super::super::{Call, Exchange, H1Upstream, LocalReply, Outcome, RequestInfo, UpstreamFailure, Verdict};
+use super::super::{
+    Call, Exchange, H1Upstream, LocalReply, Outcome, RequestInfo, ResponseInfo, UpstreamFailure, Verdict,
+    retry_after,
+};
 use super::download::{Download, Interim, NoHead};
 use super::gate::{Path, RequestPlan, ResponsePlan};
 use super::head::{Head, Kind};
@@ -76,7 +79,13 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
                         let answered = Answered { upstream, response, interim };
                         return self.forward(call, answered, &plan, upload, written).await;
                     }
-                    match call.on_response(response.status, response.grpc_status, upload.replay()) {
+                    let asked = self.response.values(&upstream.read_buf, Kind::RetryAfter).next();
+                    let info = ResponseInfo {
+                        status: response.status,
+                        grpc_status: response.grpc_status,
+                        retry_after: asked.and_then(retry_after),
+                    };
+                    match call.on_response(info, upload.replay()) {
                         Verdict::Retry if upload.holding => {
                             self.discard(&mut call, upstream, response, &upload);
                             continue;

@@ -52,6 +52,7 @@ pub(super) enum Kind {
     Http2Settings,
     KeepAlive,
     ProxyConnection,
+    RetryAfter,
     Te,
     TransferEncoding,
     Upgrade,
@@ -79,7 +80,7 @@ impl Kind {
                 (b"connection", Self::Connection),
                 (b"keep-alive", Self::KeepAlive),
             ]),
-            11 => named(&[(b"grpc-status", Self::GrpcStatus)]),
+            11 => named(&[(b"grpc-status", Self::GrpcStatus), (b"retry-after", Self::RetryAfter)]),
             12 => named(&[(b"content-type", Self::ContentType), (b"x-request-id", Self::XRequestId)]),
             14 => {
                 named(&[(b"content-length", Self::ContentLength), (b"http2-settings", Self::Http2Settings)])

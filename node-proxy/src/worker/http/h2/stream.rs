@@ -14,7 +14,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, V
 use tokio::time::{Instant, Sleep};
 
 use super::super::{
-    Call, Exchange, HttpLimits, LocalReply, Outcome, Replay, UpstreamFailure, Verdict, grpc_code,
+    Call, Exchange, HttpLimits, LocalReply, Outcome, Replay, ResponseInfo, UpstreamFailure, Verdict,
+    grpc_code, retry_after,
 };
 use super::buffered::{Gauge, Gauges, Piece};
 use super::clock::{Clock, Expired};
@@ -144,7 +145,10 @@ pub(super) async fn serve<E: Exchange>(
                     },
                     None => {
                         let grpc_status = facts.grpc.then(|| gate::grpc_status(response.headers())).flatten();
-                        call.on_response(response.status().as_u16(), grpc_status, replay)
+                        let asked = response.headers().get(http::header::RETRY_AFTER);
+                        let retry_after = asked.and_then(|v| retry_after(v.as_bytes()));
+                        let status = response.status().as_u16();
+                        call.on_response(ResponseInfo { status, grpc_status, retry_after }, replay)
                     }
                 };
                 if matches!(verdict, Verdict::Forward) {

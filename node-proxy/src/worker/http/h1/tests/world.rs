@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::super::super::{
     Call, Exchange, H1Upstream, HeaderEdits, HttpLimits, LocalReply, Outcome, Replay, RequestInfo,
-    UpstreamFailure, Verdict,
+    ResponseInfo, UpstreamFailure, Verdict,
 };
 use super::super::{ConnectionEnd, serve};
 use super::pipe::{Pipe, pipe};
@@ -187,7 +187,7 @@ impl Call for Request {
         false
     }
 
-    fn on_response(&mut self, status: u16, _: Option<u8>, replay: Replay) -> Verdict {
+    fn on_response(&mut self, ResponseInfo { status, .. }: ResponseInfo, replay: Replay) -> Verdict {
         self.script.note(format!("response {status}"));
         if status == 503 && self.script.retries.get() > 0 && replay.possible {
             self.script.retries.set(self.script.retries.get() - 1);

@@ -25,7 +25,8 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::worker::http::{
-    Call, H1Upstream, HeaderEdits, LocalReply, Outcome, Replay, RequestInfo, UpstreamFailure, Verdict,
+    Call, H1Upstream, HeaderEdits, LocalReply, Outcome, Replay, RequestInfo, ResponseInfo, UpstreamFailure,
+    Verdict,
 };
 
 /// Runs a test on the kind of runtime that a worker has.
@@ -168,7 +169,7 @@ impl Call for TestCall {
         false
     }
 
-    fn on_response(&mut self, status: u16, _: Option<u8>, replay: Replay) -> Verdict {
+    fn on_response(&mut self, ResponseInfo { status, .. }: ResponseInfo, replay: Replay) -> Verdict {
         if self.script.retry_status.get() == Some(status) && replay.possible {
             self.script.seen.borrow_mut().push(format!("retry {status}"));
             return Verdict::Retry;
