@@ -53,6 +53,8 @@ settings! {
         bpffs: PathBuf = PathBuf::from("/sys/fs/bpf"), "path";
         /// Root of the cgroup2 hierarchy whose processes are captured; none means found in /proc/self/mountinfo.
         cgroup: Option<PathBuf> = None, "path";
+        /// Whether bytes between applications and the worker skip TCP: auto where a self-test at the start finds that applications cannot tell (the status says what it found), off never, forced everywhere (for measurements only: some applications may hang).
+        acceleration: AccelerationMode = AccelerationMode::Auto, "auto | off | forced";
         /// Address of /metrics, /healthz/ready and /debug/config; bind it where only operators reach it.
         admin: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 15020)), "address";
     }
@@ -101,6 +103,18 @@ settings! {
         seccomp: SeccompMode = SeccompMode::Kill, "kill | log (for finding what is missing)";
         /// Most open files of a worker.
         worker_files: u64 = 262_144, "descriptors", 1024 => 1 << 30;
+    }
+}
+
+choice! {
+    /// Who decides about acceleration.
+    pub enum AccelerationMode {
+        /// The self-test, at every start of the agent.
+        Auto = "auto",
+        /// Never.
+        Off = "off",
+        /// On whatever the self-test would find.
+        Forced = "forced",
     }
 }
 

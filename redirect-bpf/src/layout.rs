@@ -3,7 +3,11 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{error::Error, sys::CidrKey, types::*};
+use crate::{
+    error::Error,
+    sys::CidrKey,
+    types::{self, *},
+};
 
 const ARRAY: u32 = 2;
 const HASH: u32 = 1;
@@ -40,7 +44,9 @@ pub(crate) const MAPS: &[MapSpec] = &[
     map::<RefusedKey, u32>("REFUSED", HASH, REFUSED_MAX),
     map::<u32, u32>("OWN", SK_STORAGE, 0),
     map::<u32, Note>("NOTES", SK_STORAGE, 0),
-    map::<HandoffKey, Note>("HANDOFF", HASH, HANDOFF_MAX),
+    map::<ConnectionKey, Note>("HANDOFF", HASH, HANDOFF_MAX),
+    map::<ConnectionKey, u32>("FAST", SOCKHASH, FAST_MAX),
+    map::<u32, types::Path>("PATHS", SK_STORAGE, 0),
     map::<u32, u64>("COUNTERS", PERCPU_ARRAY, BRANCHES),
 ];
 

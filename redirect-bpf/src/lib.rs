@@ -20,6 +20,7 @@
 //! descriptor ([`FlowMaps`]). A table of flows would lose connections that the application closed before the worker
 //! accepted them, or keep entries that nobody removes.
 
+mod acceleration;
 mod error;
 mod exclusions;
 mod layout;
@@ -35,6 +36,7 @@ mod types;
 mod uninstall;
 mod worker;
 
+pub use acceleration::{Acceleration, Arrivals, Direction, Directions, Finding, Verdict};
 pub use error::Error;
 pub use probe::{Missing, find_cgroup2, netns_cookie_of, probe};
 pub use redirect::Redirect;

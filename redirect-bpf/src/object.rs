@@ -5,7 +5,7 @@ use std::{os::fd::AsFd, path::Path};
 use aya::{
     Ebpf, EbpfLoader,
     maps::Array,
-    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, ProgramFd, SkLookup, SockOps, links::FdLink},
+    programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SockOps, links::FdLink},
 };
 
 use crate::{error::Error, layout::MAPS};
@@ -39,6 +39,13 @@ impl Loader {
         let has_set_retval = if has_set_retval() { &PRESENT } else { &ABSENT };
         loader.override_global("HAS_SET_RETVAL", has_set_retval, true);
         Self(loader)
+    }
+
+    /// Tells the programs that look into the kernel's TCP sockets where the field is that they read.
+    pub(crate) fn set_write_seq_offset(&mut self, bytes: u32) {
+        // The same for as long as the machine runs.
+        static OFFSET: std::sync::OnceLock<u32> = std::sync::OnceLock::new();
+        self.0.override_global("WRITE_SEQ_OFFSET", OFFSET.get_or_init(|| bytes), true);
     }
 
     /// Opens the object over the maps pinned in `maps`; those that are missing are made and pinned.
@@ -121,6 +128,11 @@ pub(crate) fn load_inbound(object: &mut Ebpf, netns_cookie: u64) -> Result<&mut 
     let program = <&mut SkLookup>::try_from(program).map_err(Error::program(what()))?;
     program.load().map_err(Error::program(what()))?;
     Ok(program)
+}
+
+/// A program of the object by its name.
+pub(crate) fn program<'a>(object: &'a mut Ebpf, name: &str) -> Result<&'a mut Program, Error> {
+    object.program_mut(name).ok_or_else(|| missing(name))
 }
 
 fn missing(name: &str) -> Error {

@@ -11,6 +11,7 @@ use std::{
 use nix::{libc, sys::socket::SockaddrStorage};
 
 use crate::{
+    acceleration::Directions,
     error::Error,
     exclusions, object,
     redirect::{Redirect, pin_link},
@@ -18,7 +19,8 @@ use crate::{
     sys,
     types::{
         Addr, LISTENER_INBOUND_V4, LISTENER_INBOUND_V6, LISTENER_OUTBOUND_V4, LISTENER_OUTBOUND_V6,
-        ListenerKey, POD_CAPTURE_IN, POD_CAPTURE_OUT, POD_FAIL_CLOSED, PodEntry,
+        ListenerKey, POD_CAPTURE_IN, POD_CAPTURE_OUT, POD_FAIL_CLOSED,
+        POD_FAST_TO_APPLICATION, POD_FAST_TO_WORKER, PodEntry,
     },
 };
 
@@ -120,6 +122,10 @@ impl Redirect {
                     capture_inbound,
                     fail_closed: entry.flags & POD_FAIL_CLOSED != 0,
                     exclusions: exclusions.remove(&netns_cookie).unwrap_or_default(),
+                    acceleration: Directions {
+                        to_worker: entry.flags & POD_FAST_TO_WORKER != 0,
+                        to_application: entry.flags & POD_FAST_TO_APPLICATION != 0,
+                    },
                 },
                 outbound_port_v4: entry.outbound_port_v4,
                 outbound_port_v6: entry.outbound_port_v6,
@@ -140,6 +146,13 @@ impl Redirect {
                 self.unenrol(netns_cookie)?;
             }
         }
+        // An entry without that link is what a crash left of an enrolment or of a self-test.
+        let pinned = self.pins.pinned_pods().map_err(Error::sys("list pinned pods"))?;
+        for netns_cookie in self.pods.keys().map_err(Error::sys("list map PODS"))? {
+            if !pinned.contains(&netns_cookie) {
+                self.unenrol(netns_cookie)?;
+            }
+        }
         Ok(())
     }
 
@@ -148,7 +161,7 @@ impl Redirect {
     }
 
     /// Writes everything but the inbound link; the pod's entry, which makes the rest count, comes last.
-    fn write(
+    pub(crate) fn write(
         &mut self,
         netns_cookie: u64,
         settings: &PodSettings,
@@ -243,6 +256,8 @@ fn flags(settings: &PodSettings) -> u32 {
         (settings.capture_outbound, POD_CAPTURE_OUT),
         (settings.capture_inbound, POD_CAPTURE_IN),
         (settings.fail_closed, POD_FAIL_CLOSED),
+        (settings.acceleration.to_worker, POD_FAST_TO_WORKER),
+        (settings.acceleration.to_application, POD_FAST_TO_APPLICATION),
     ] {
         if wanted {
             flags |= flag;

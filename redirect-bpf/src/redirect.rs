@@ -21,7 +21,7 @@ use crate::{
     probe::find_cgroup2,
     settings::{Opened, Options},
     sys::{self, Map},
-    types::{Addr, BRANCH_NAMES, EVERY_POD, ListenerKey, NodeEntry, Note, PodEntry, RefusedKey},
+    types::{self, Addr, BRANCH_NAMES, ConnectionKey, EVERY_POD, ListenerKey, NodeEntry, Note, PodEntry, RefusedKey},
 };
 
 /// The installed redirection of one node. Dropping it leaves everything in force: what captures is pinned.
@@ -40,6 +40,8 @@ pub struct Redirect {
     refused_now: HashSet<RefusedKey>,
     own: Map<u32, u32>,
     notes: Map<u32, Note>,
+    pub(crate) fast: Map<ConnectionKey, u32>,
+    pub(crate) paths: Map<u32, types::Path>,
     counters: OwnedFd,
 }
 
@@ -99,6 +101,8 @@ impl Redirect {
             refused_now,
             own: pinned_map(&maps, "OWN")?,
             notes: pinned_map(&maps, "NOTES")?,
+            fast: pinned_map(&maps, "FAST")?,
+            paths: pinned_map(&maps, "PATHS")?,
             counters: sys::open_pinned(&maps.join("COUNTERS"))
                 .map_err(Error::sys("open pinned map COUNTERS"))?,
             pins,

@@ -8,7 +8,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::types::Addr;
+use crate::{acceleration::Directions, types::Addr};
 
 /// Where and for whom to install.
 #[derive(Debug, Clone)]
@@ -65,6 +65,10 @@ pub struct PodSettings {
     pub fail_closed: bool,
     /// What is left alone for this pod.
     pub exclusions: Exclusions,
+    /// What is handed over without TCP, from the first byte of later connections on; see [`Redirect::accelerate`].
+    ///
+    /// [`Redirect::accelerate`]: crate::Redirect::accelerate
+    pub acceleration: Directions,
 }
 
 /// The listening sockets of one pod, made inside its network namespace.

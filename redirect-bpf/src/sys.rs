@@ -16,13 +16,15 @@ use std::{
 
 use nix::libc;
 
-use crate::types::{Addr, CidrData, HandoffKey, ListenerKey, NodeEntry, Note, PodEntry, PortKey, RefusedKey};
+use crate::types::{Addr, CidrData, ConnectionKey, ListenerKey, NodeEntry, Note, Path as FastPath, PodEntry, PortKey, RefusedKey};
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_DETACH: libc::c_int = 9;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
@@ -52,9 +54,11 @@ unsafe impl Plain for RefusedKey {}
 // SAFETY: as above.
 unsafe impl Plain for Note {}
 // SAFETY: as above.
-unsafe impl Plain for HandoffKey {}
+unsafe impl Plain for ConnectionKey {}
 // SAFETY: as above.
 unsafe impl Plain for CidrKey {}
+// SAFETY: as above.
+unsafe impl Plain for FastPath {}
 
 const _: () = {
     assert!(size_of::<PodEntry>() == 8);
@@ -63,8 +67,9 @@ const _: () = {
     assert!(size_of::<PortKey>() == 16);
     assert!(size_of::<RefusedKey>() == 20);
     assert!(size_of::<Note>() == 20);
-    assert!(size_of::<HandoffKey>() == 48);
+    assert!(size_of::<ConnectionKey>() == 48);
     assert!(size_of::<CidrKey>() == 32);
+    assert!(size_of::<FastPath>() == 64);
 };
 
 /// Key of a longest-prefix-match map (`struct bpf_lpm_trie_key`).
@@ -106,6 +111,23 @@ struct LinkUpdateAttr {
     new_prog_fd: u32,
     flags: u32,
     old_prog_fd: u32,
+}
+
+/// The part of `union bpf_attr` for programs that are attached to a map.
+#[repr(C)]
+struct AttachAttr {
+    target_fd: u32,
+    program_fd: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+/// `BPF_SK_SKB_STREAM_VERDICT` and `BPF_SK_MSG_VERDICT` of `enum bpf_attach_type`.
+#[derive(Debug, Clone, Copy)]
+#[repr(u32)]
+pub(crate) enum SocketMapHook {
+    Arrived = 5,
+    Message = 7,
 }
 
 #[repr(C)]
@@ -180,6 +202,30 @@ pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = LinkDetachAttr { link_fd: fd_word(link) };
     // SAFETY: no pointers.
     unsafe { bpf(BPF_LINK_DETACH, &mut attr) }.map(drop)
+}
+
+/// Sets the program of a map of sockets; it holds for sockets that are added from now on, for as long as they live.
+pub(crate) fn attach_to_map(
+    map: BorrowedFd<'_>,
+    program: BorrowedFd<'_>,
+    hook: SocketMapHook,
+) -> io::Result<()> {
+    let mut attr =
+        AttachAttr { target_fd: fd_word(map), program_fd: fd_word(program), attach_type: hook as u32, flags: 0 };
+    // SAFETY: no pointers.
+    unsafe { bpf(BPF_PROG_ATTACH, &mut attr) }.map(drop)
+}
+
+/// Removes this program from a map of sockets; sockets that are in the map keep it.
+pub(crate) fn detach_from_map(
+    map: BorrowedFd<'_>,
+    program: BorrowedFd<'_>,
+    hook: SocketMapHook,
+) -> io::Result<()> {
+    let mut attr =
+        AttachAttr { target_fd: fd_word(map), program_fd: fd_word(program), attach_type: hook as u32, flags: 0 };
+    // SAFETY: no pointers.
+    unsafe { bpf(BPF_PROG_DETACH, &mut attr) }.map(drop)
 }
 
 /// A map whose keys and values are `K` and `V`, used by descriptor: needs no capability, only the descriptor.
@@ -346,6 +392,30 @@ pub(crate) fn per_cpu_sum(map: BorrowedFd<'_>, index: u32, buffer: &mut [u64]) -
     // that many elements.
     unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) }?;
     Ok(buffer.iter().sum())
+}
+
+/// Brings the loopback device of the calling thread's network namespace up (netdevice(7)).
+pub(crate) fn loopback_up(socket: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: integers and a union of plain data, for which zeroes are a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (place, byte) in request.ifr_name.iter_mut().zip(b"lo") {
+        *place = *byte as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: the request is a live ifreq with a name and flags, which is what this ioctl reads.
+    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Fewest bytes for which a socket is readable (`SO_RCVLOWAT`, socket(7)).
+pub(crate) fn set_low_watermark(socket: BorrowedFd<'_>, bytes: libc::c_int) -> io::Result<()> {
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    let value = std::ptr::from_ref(&bytes).cast();
+    // SAFETY: the kernel reads `length` bytes of a live integer.
+    let answer = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, value, length)
+    };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Reads a socket option that is a u64.

@@ -81,6 +81,13 @@ pub(super) async fn own(agent: &Agent) -> String {
     for (branch, value) in &status.redirect {
         let _ = writeln!(t, "sockmesh_redirect_total{{branch=\"{}\"}} {value}", escape(branch));
     }
+    let name = "sockmesh_acceleration";
+    family(t, name, "gauge", "1 where bytes between applications and the worker skip TCP; the state says why not.");
+    for (direction, state) in &status.acceleration {
+        let on = u8::from(state.starts_with("on"));
+        let state = escape(state);
+        let _ = writeln!(t, "{name}{{direction=\"{direction}\",state=\"{state}\"}} {on}");
+    }
     let singles: [(&str, &str, &str, f64); 10] = [
         ("sockmesh_enrolled_pods", "gauge", "Pods that are enrolled on this node.", status.pods.len() as f64),
         (

@@ -14,6 +14,7 @@
 //! One thread runs all of this, and a second one enters the pods' namespaces. The state has one lock; it is never held
 //! across an await, and taken before that of the redirection.
 
+mod acceleration;
 mod admin;
 mod certificates;
 mod controller;
@@ -84,6 +85,8 @@ struct Agent {
     redirect: Mutex<Redirect>,
     /// How the redirection was found.
     opened: Opened,
+    /// What was decided about acceleration.
+    acceleration: acceleration::Decision,
     netns: NetnsThread,
     /// Cookie of the node's own network namespace.
     node_cookie: u64,
@@ -188,7 +191,7 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
         redirect_bpf::netns_cookie(socket.as_fd())
             .context("cannot read the cookie of the node's namespace")?
     };
-    let redirect = Redirect::open(&redirect_bpf::Options {
+    let mut redirect = Redirect::open(&redirect_bpf::Options {
         bpffs: config.node.bpffs.clone(),
         node: config.node.name.clone(),
         cgroup: config.node.cgroup.clone(),
@@ -197,7 +200,13 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
     })
     .context("cannot install the redirection")?;
     let opened = redirect.opened().clone();
-    tracing::info!(node = config.node.name, redirection = ?opened, "the agent starts");
+    let acceleration = acceleration::decide(config.node.acceleration, &mut redirect);
+    tracing::info!(
+        node = config.node.name,
+        redirection = ?opened,
+        acceleration = ?acceleration.states,
+        "the agent starts"
+    );
 
     let mut mesh = Mesh::new(config.node.name.clone());
     match disk.load_config() {
@@ -220,6 +229,7 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
         disk,
         redirect: Mutex::new(redirect),
         opened,
+        acceleration,
         node_cookie,
         state: Mutex::new(State { mesh, pods: BTreeMap::new(), worker: None }),
         pod_locks: PodLocks::default(),

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::Context;
 use mesh_api::model::{MtlsMode, Workload};
 use parking_lot::Mutex;
-use redirect_bpf::{PodSettings, PodSpec};
+use redirect_bpf::{Directions, PodSettings, PodSpec};
 use tokio::time::Instant;
 
 use super::certificates::{self, HeldCertificate};
@@ -67,7 +67,7 @@ impl PodLocks {
 }
 
 /// What redirection has to know, from what the controller says.
-fn settings_of(workload: &Workload) -> PodSettings {
+fn settings_of(workload: &Workload, acceleration: Directions) -> PodSettings {
     let off: Vec<u16> = workload
         .mtls_ports
         .iter()
@@ -91,6 +91,7 @@ fn settings_of(workload: &Workload) -> PodSettings {
             inbound_ports,
             inbound_cidrs: exclusions.inbound_cidrs.clone(),
         },
+        acceleration,
     }
 }
 
@@ -111,7 +112,7 @@ fn capture(agent: &Agent, uid: &str) -> anyhow::Result<()> {
     let mut state = agent.state.lock();
     let state = &mut *state;
     let (Some(workload), Some(pod)) = (state.mesh.local(uid), state.pods.get_mut(uid)) else { return Ok(()) };
-    let settings = settings_of(workload);
+    let settings = settings_of(workload, agent.acceleration.directions);
     if !pod.ready || pod.listeners.is_empty() || pod.applied.as_ref() == Some(&settings) {
         return Ok(());
     }
@@ -481,13 +482,13 @@ mod tests {
             ..Workload::default()
         };
         workload.exclusions.inbound_ports = vec![22];
-        let settings = settings_of(&workload);
+        let settings = settings_of(&workload, Directions::NONE);
         assert_eq!(settings.exclusions.inbound_ports, [22, 9090]);
         assert!(settings.capture_inbound && settings.capture_outbound && settings.fail_closed);
 
         workload.mtls = MtlsMode::Disabled;
-        assert!(settings_of(&workload).capture_inbound, "port 80 still wants the mesh");
+        assert!(settings_of(&workload, Directions::NONE).capture_inbound, "port 80 still wants the mesh");
         workload.mtls_ports.pop();
-        assert!(!settings_of(&workload).capture_inbound);
+        assert!(!settings_of(&workload, Directions::NONE).capture_inbound);
     }
 }

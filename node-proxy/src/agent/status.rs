@@ -25,6 +25,8 @@ pub struct StatusDocument {
     pub keyd_restarts: u64,
     /// How the redirection was found at the start.
     pub redirection: String,
+    /// Whether bytes between applications and the worker skip TCP: each direction with `on` or `off: <reason>`.
+    pub acceleration: Vec<(String, String)>,
     /// State of the stream to the controller.
     pub controller: String,
     /// The controller is connected.
@@ -124,6 +126,7 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
         worker_restarts: agent.counters.worker_restarts.load(Relaxed),
         keyd_restarts: agent.counters.keyd_restarts.load(Relaxed),
         redirection: format!("{:?}", agent.opened),
+        acceleration: agent.acceleration.states.iter().map(|(d, s)| ((*d).to_owned(), s.clone())).collect(),
         controller: controller.describe(),
         controller_connected: controller.connected,
         last_update_unix: controller.last_update,
@@ -153,6 +156,9 @@ impl fmt::Display for StatusDocument {
             self.keyd_restarts
         )?;
         writeln!(f, "  redirection {}; {}", self.redirection, self.controller)?;
+        for (direction, state) in &self.acceleration {
+            writeln!(f, "  acceleration {direction} {state}")?;
+        }
         for (type_url, count) in &self.resources {
             writeln!(f, "  {count} {}", type_url.rsplit('.').next().unwrap_or(type_url))?;
         }

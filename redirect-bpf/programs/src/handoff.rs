@@ -10,7 +10,7 @@ use core::ffi::c_void;
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
         BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
     },
     helpers::bpf_get_netns_cookie,
@@ -18,7 +18,7 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 
-use crate::{maps::*, types::*};
+use crate::{acceleration, maps::*, types::*};
 
 const AF_INET: u32 = 2;
 
@@ -26,6 +26,7 @@ const AF_INET: u32 = 2;
 pub fn sockmesh_handoff(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => leave(&ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => accelerate(&ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => take(&ctx),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => withdraw(&ctx),
         _ => {}
@@ -62,8 +63,8 @@ fn ends(ctx: &SockOpsContext) -> Ends {
 
 /// Key for the connecting side; the accepting side is in `netns_cookie`.
 #[inline(always)]
-fn outgoing(ends: &Ends, netns_cookie: u64) -> HandoffKey {
-    HandoffKey {
+fn outgoing(ends: &Ends, netns_cookie: u64) -> ConnectionKey {
+    ConnectionKey {
         netns_cookie,
         source: ends.local,
         destination: ends.remote,
@@ -115,7 +116,7 @@ fn take(ctx: &SockOpsContext) {
         return;
     }
     let ends = ends(ctx);
-    let key = HandoffKey {
+    let key = ConnectionKey {
         netns_cookie: unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
         source: ends.remote,
         destination: ends.local,
@@ -124,8 +125,23 @@ fn take(ctx: &SockOpsContext) {
         zero: 0,
     };
     let Some(note) = (unsafe { HANDOFF.get(&key) }) else { return };
+    let kind = note.kind;
     count(if set_note(sk, note) { Branch::HandoffTaken } else { Branch::HandoffNoMemory });
     let _ = HANDOFF.remove(&key);
+    acceleration::join(ctx, sk, &outgoing(&ends, key.netns_cookie), kind);
+}
+
+/// The connecting side is established: its application or worker may send from now on.
+#[inline(always)]
+fn accelerate(ctx: &SockOpsContext) {
+    let sk: *mut c_void = field!(ctx.ops, __bindgen_anon_2.sk).cast();
+    if sk.is_null() {
+        return;
+    }
+    let Some(note) = storage(&NOTES, sk) else { return };
+    let kind = note.kind;
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    acceleration::join(ctx, sk, &outgoing(&ends(ctx), netns_cookie), kind);
 }
 
 #[inline(always)]

@@ -1,9 +1,10 @@
 //! The eBPF programs of the redirection, one file for each hook, in the order a connection meets them:
 //! `connect` (the application's call), `handoff` (the connection is set up), `inbound` (it arrives at a pod),
-//! `peer_name` (someone asks who the peer is).
+//! `peer_name` (someone asks who the peer is), `acceleration` (it carries bytes; only where the self-test allows it).
 #![no_std]
 #![no_main]
 
+mod acceleration;
 mod connect;
 mod handoff;
 mod inbound;

@@ -37,7 +37,12 @@ pub static OWN: SkStorage<u32> = SkStorage::new();
 #[btf_map]
 pub static NOTES: SkStorage<Note> = SkStorage::new();
 #[btf_map]
-pub static HANDOFF: HashMap<HandoffKey, Note, HANDOFF_MAX, ON_DEMAND> = HashMap::new();
+pub static HANDOFF: HashMap<ConnectionKey, Note, HANDOFF_MAX, ON_DEMAND> = HashMap::new();
+/// Sockets of both ends of connections between an application and the worker.
+#[btf_map]
+pub static FAST: SockHash<ConnectionKey, FAST_MAX> = SockHash::new();
+#[btf_map]
+pub static PATHS: SkStorage<Path> = SkStorage::new();
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, BRANCHES> = PerCpuArray::new();
 
@@ -49,6 +54,10 @@ pub static POD: Array<u64, 1> = Array::new();
 /// The kernel has `bpf_set_retval` (5.18). Without it a refusal is EPERM, the default of the hook.
 #[unsafe(no_mangle)]
 pub static HAS_SET_RETVAL: Global<u32> = Global::new(1);
+
+/// Where `write_seq` is in this kernel's `struct tcp_sock`, in bytes.
+#[unsafe(no_mangle)]
+pub static WRITE_SEQ_OFFSET: Global<u32> = Global::new(0);
 
 /// Reads one field of a program's context. Volatile, because the verifier takes only loads at constant offsets from
 /// the context's own pointer, and the compiler would gladly compute a common pointer for two branches.
@@ -80,7 +89,7 @@ macro_rules! field_v6 {
 }
 pub(crate) use field_v6;
 
-fn raw<M>(map: &'static M) -> *mut c_void {
+pub fn raw<M>(map: &'static M) -> *mut c_void {
     core::ptr::from_ref(map).cast_mut().cast()
 }
 

@@ -17,6 +17,9 @@ pub const REFUSED_MAX: usize = 131_072;
 /// Most connections between their SYN and their acceptance by the listening kernel side; full means refused.
 pub const HANDOFF_MAX: usize = 65_536;
 
+/// Most sockets that acceleration knows, two for each connection; full means that more connections go over TCP.
+pub const FAST_MAX: usize = 65_536;
+
 /// Port of the mesh's tunnels. It is never excluded, whatever the pod asks for.
 pub const TUNNEL_PORT: u16 = 15008;
 
@@ -52,6 +55,11 @@ pub const POD_FAIL_CLOSED: u32 = 1 << 2;
 pub const POD_EXCLUDES_OUT: u32 = 1 << 3;
 /// The pod has excluded inbound ports or networks of its own.
 pub const POD_EXCLUDES_IN: u32 = 1 << 4;
+
+/// What applications of the pod send is handed to the worker's socket without TCP.
+pub const POD_FAST_TO_WORKER: u32 = 1 << 5;
+/// What the worker sends to applications of the pod is handed to their sockets without TCP.
+pub const POD_FAST_TO_APPLICATION: u32 = 1 << 6;
 
 /// Map `PODS`: netns cookie → this.
 #[repr(C)]
@@ -186,11 +194,37 @@ pub struct Note {
     pub addr: Addr,
 }
 
-/// Key of map `HANDOFF`: a connection as its accepting side sees it. The connecting side leaves a [`Note`] before the
-/// SYN goes out; the accepting side takes it when the connection is established.
+/// Nothing was sent yet: the first message decides.
+pub const PATH_UNDECIDED: u32 = 0;
+/// Every byte that this socket sends is handed over.
+pub const PATH_FAST: u32 = 1;
+/// Every byte that this socket sends goes over TCP.
+pub const PATH_SLOW: u32 = 2;
+
+/// Map `PATHS` (socket storage): how what one socket sends reaches its peer. A direction is fast from its first byte or
+/// never, because a message that is handed over overtakes bytes that went over TCP.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HandoffKey {
+pub struct Path {
+    /// Key of the peer's socket in map `FAST`.
+    pub peer: ConnectionKey,
+    /// Sequence number of the first byte after the handshake.
+    pub first_byte: u32,
+    /// `PATH_*`.
+    pub state: u32,
+    /// The flag of the pod that allows this socket to be fast, `POD_FAST_*`.
+    pub allowed_by: u32,
+    /// Always 0.
+    pub zero: u32,
+}
+
+/// Key of map `HANDOFF`: a connection as its accepting side sees it. The connecting side leaves a [`Note`] before the
+/// SYN goes out; the accepting side takes it when the connection is established.
+///
+/// Key of map `FAST` as well: there `source` is the socket's own end.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConnectionKey {
     /// Network namespace of the accepting side.
     pub netns_cookie: u64,
     /// Address of the connecting side.
@@ -280,6 +314,19 @@ branches! {
     InboundCapturedV4 = "inbound_captured_v4",
     /// Incoming connection brought to the IPv6 listener.
     InboundCapturedV6 = "inbound_captured_v6",
+    /// A socket that acceleration knows.
+    FastSocketAdded = "fast_socket_added",
+    /// A socket that the kernel does not accelerate (MPTCP, a ULP, no room, no memory): it stays as it is.
+    FastSocketRefused = "fast_socket_refused",
+    /// A direction of a connection that is handed over from its first byte on.
+    FastDirection = "fast_direction_on",
+    /// A direction of a connection that goes over TCP for good: acceleration is off for it, or it began before the
+    /// peer was known.
+    FastDirectionOff = "fast_direction_fell_back",
+    /// A message that was handed over.
+    FastMessage = "fast_message_redirected",
+    /// A message of a fast direction whose peer is gone: TCP reports that to the sender.
+    FastPeerGone = "fast_message_peer_gone",
 }
 
 /// Number of branches.

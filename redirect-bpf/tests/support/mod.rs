@@ -20,7 +20,7 @@ use std::{
 };
 
 use nix::{libc, sched::CloneFlags};
-use redirect_bpf::{Exclusions, FlowMaps, Listeners, Options, PodSettings, PodSpec, Redirect};
+use redirect_bpf::{Directions, Exclusions, FlowMaps, Listeners, Options, PodSettings, PodSpec, Redirect};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 pub(crate) const POD_V4: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 2);
@@ -399,6 +399,7 @@ pub(crate) fn settings() -> PodSettings {
         capture_inbound: true,
         fail_closed: true,
         exclusions: Exclusions::default(),
+        acceleration: Directions::NONE,
     }
 }
 
