@@ -30,6 +30,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) pods: usize,
     /// TCP congestion control in all pods.
     pub(crate) congestion: &'a str,
+    /// `node.acceleration` of the mesh's nodes.
+    pub(crate) acceleration: &'a str,
 }
 
 /// The ground and all that runs on it. Dropping it removes everything.
@@ -68,6 +70,7 @@ impl Ground {
         ground.prepare(&ground.outside.0, setup.congestion)?;
         ground.prepare(&ground.outside.1, setup.congestion)?;
         if with_mesh {
+            ground.mesh.node_setting("/node/acceleration", json!(setup.acceleration))?;
             ground.inside = Some(Inside::build(&ground.mesh, pods)?);
         }
         let pods: Vec<Pod> = ground

@@ -70,6 +70,10 @@ struct Args {
     /// told.
     #[arg(long)]
     congestion: Option<String>,
+    /// The setting node.acceleration of the mesh's nodes: auto, off, or forced, which measures what it would bring on a
+    /// kernel whose self-test it does not pass.
+    #[arg(long, default_value = "auto")]
+    acceleration: String,
     /// Records a profile of the proxies in each measurement into this directory, with perf (Debian: linux-perf). It
     /// costs what it measures: do not use the numbers of such a run.
     #[arg(long)]
@@ -90,6 +94,7 @@ struct Plan {
     envoy: Option<PathBuf>,
     node: PathBuf,
     congestion: String,
+    acceleration: String,
     profile: Option<PathBuf>,
 }
 
@@ -137,6 +142,7 @@ impl Args {
                 Some(name) => name.clone(),
                 None => read("/proc/sys/net/ipv4/tcp_congestion_control")?.trim().to_owned(),
             },
+            acceleration: self.acceleration.clone(),
             profile: self.profile.clone(),
         })
     }
@@ -150,6 +156,7 @@ impl Plan {
             node: &self.node,
             pods,
             congestion: &self.congestion,
+            acceleration: &self.acceleration,
         }
     }
 }

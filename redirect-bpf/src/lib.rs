@@ -11,6 +11,8 @@
 //!   pods/<netns cookie>     the sk_lookup link of that pod's network namespace, cookie as 16 hex digits
 //! ```
 //!
+//! Map `FAST` holds the program of the acceleration, if one was loaded ([`Redirect::accelerate`]).
+//!
 //! A link holds its program and a program its maps, so programs need no pins of their own. A start finds the links
 //! and replaces the programs inside them, so capture has no gap; [`uninstall`] removes all.
 //!

@@ -5,7 +5,9 @@ use std::{os::fd::AsFd, path::Path};
 use aya::{
     Ebpf, EbpfLoader,
     maps::Array,
-    programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SockOps, links::FdLink},
+    programs::{
+        CgroupAttachMode, CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SockOps, links::FdLink,
+    },
 };
 
 use crate::{error::Error, layout::MAPS};

@@ -21,7 +21,10 @@ use crate::{
     probe::find_cgroup2,
     settings::{Opened, Options},
     sys::{self, Map},
-    types::{self, Addr, BRANCH_NAMES, ConnectionKey, EVERY_POD, ListenerKey, NodeEntry, Note, PodEntry, RefusedKey},
+    types::{
+        self, Addr, BRANCH_NAMES, ConnectionKey, EVERY_POD, ListenerKey, NodeEntry, Note, PodEntry,
+        RefusedKey,
+    },
 };
 
 /// The installed redirection of one node. Dropping it leaves everything in force: what captures is pinned.

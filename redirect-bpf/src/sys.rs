@@ -16,7 +16,10 @@ use std::{
 
 use nix::libc;
 
-use crate::types::{Addr, CidrData, ConnectionKey, ListenerKey, NodeEntry, Note, Path as FastPath, PodEntry, PortKey, RefusedKey};
+use crate::types::{
+    Addr, CidrData, ConnectionKey, ListenerKey, NodeEntry, Note, Path as FastPath, PodEntry, PortKey,
+    RefusedKey,
+};
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
@@ -210,8 +213,12 @@ pub(crate) fn attach_to_map(
     program: BorrowedFd<'_>,
     hook: SocketMapHook,
 ) -> io::Result<()> {
-    let mut attr =
-        AttachAttr { target_fd: fd_word(map), program_fd: fd_word(program), attach_type: hook as u32, flags: 0 };
+    let mut attr = AttachAttr {
+        target_fd: fd_word(map),
+        program_fd: fd_word(program),
+        attach_type: hook as u32,
+        flags: 0,
+    };
     // SAFETY: no pointers.
     unsafe { bpf(BPF_PROG_ATTACH, &mut attr) }.map(drop)
 }
@@ -222,8 +229,12 @@ pub(crate) fn detach_from_map(
     program: BorrowedFd<'_>,
     hook: SocketMapHook,
 ) -> io::Result<()> {
-    let mut attr =
-        AttachAttr { target_fd: fd_word(map), program_fd: fd_word(program), attach_type: hook as u32, flags: 0 };
+    let mut attr = AttachAttr {
+        target_fd: fd_word(map),
+        program_fd: fd_word(program),
+        attach_type: hook as u32,
+        flags: 0,
+    };
     // SAFETY: no pointers.
     unsafe { bpf(BPF_PROG_DETACH, &mut attr) }.map(drop)
 }
@@ -412,9 +423,8 @@ pub(crate) fn set_low_watermark(socket: BorrowedFd<'_>, bytes: libc::c_int) -> i
     let length = size_of::<libc::c_int>() as libc::socklen_t;
     let value = std::ptr::from_ref(&bytes).cast();
     // SAFETY: the kernel reads `length` bytes of a live integer.
-    let answer = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, value, length)
-    };
+    let answer =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, value, length) };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

@@ -11,9 +11,7 @@ use std::{
 };
 
 use nix::libc;
-use redirect_bpf::{
-    Arrivals, Directions, Finding, Listeners, PodSettings, PodSpec, Redirect, Verdict,
-};
+use redirect_bpf::{Arrivals, Directions, Finding, Listeners, PodSettings, PodSpec, Redirect, Verdict};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use support::*;
 
@@ -284,9 +282,14 @@ fn the_self_test_says_what_this_kernel_does() {
             let findings = world.redirect.examine(on).unwrap();
             for finding in findings.iter().filter(|finding| finding.failure.is_some()) {
                 let failure = finding.failure.as_deref().unwrap();
-                println!("{arrivals:?} {on:?} {} ({}, fast {}): {failure}", finding.check, finding.direction, finding.fast);
+                println!(
+                    "{arrivals:?} {on:?} {} ({}, fast {}): {failure}",
+                    finding.check, finding.direction, finding.fast
+                );
             }
-            if arrivals == Arrivals::Untouched && on == (Directions { to_worker: true, to_application: false }) {
+            if arrivals == Arrivals::Untouched
+                && on == (Directions { to_worker: true, to_application: false })
+            {
                 assert_eq!(fails(&findings, "FIONREAD"), waiting != 500);
             }
         }

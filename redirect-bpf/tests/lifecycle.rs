@@ -13,7 +13,9 @@ use std::{
 
 use aya::{maps::MapInfo, programs::links::PinnedLink};
 use nix::libc;
-use redirect_bpf::{Error, Exclusions, Listeners, Opened, Options, PodSettings, Redirect};
+use redirect_bpf::{
+    Arrivals, Directions, Error, Exclusions, Listeners, Opened, Options, PodSettings, Redirect,
+};
 use support::*;
 
 /// Connects from the pod again and again while `work` goes on; every answer must be in `allowed`. Gives their number.
@@ -236,14 +238,19 @@ fn updating_a_pod_that_is_not_enrolled_is_an_error() {
 #[test]
 #[ignore = "needs root"]
 fn uninstalling_leaves_no_pin_no_link_and_no_map() {
-    let world = World::enrolled();
+    let mut world = World::enrolled();
+    // Its program holds the map that it is attached to.
+    world.redirect.load_acceleration(Arrivals::ThroughProgram).unwrap();
+    world.enrol(PodSettings { acceleration: Directions::BOTH, ..settings() });
+    assert_eq!(world.ask_from_pod(world.remote_v4()).unwrap(), captured(world.remote_v4()));
+    assert_eq!(world.counter("fast_socket_added"), 2);
     let root = world.bpffs.path().join("sockmesh");
     let node = root.join(&world.options.node);
     let maps: Vec<u32> = std::fs::read_dir(node.join("maps"))
         .unwrap()
         .map(|entry| MapInfo::from_pin(entry.unwrap().path()).unwrap().id())
         .collect();
-    assert_eq!(maps.len(), 11);
+    assert_eq!(maps.len(), 13);
     redirect_bpf::uninstall(&world.bpffs.path(), &world.options.node).unwrap();
     assert!(!root.exists());
     // At once, not when the last descriptor is closed: this world still holds its maps.

@@ -46,10 +46,7 @@ fn by_self_test(found: Acceleration) -> Decision {
 fn everywhere(directions: Directions, state: &str) -> Decision {
     Decision {
         directions,
-        states: [
-            ("application_to_worker", state.to_owned()),
-            ("worker_to_application", state.to_owned()),
-        ],
+        states: [("application_to_worker", state.to_owned()), ("worker_to_application", state.to_owned())],
     }
 }
 

@@ -82,7 +82,12 @@ pub(super) async fn own(agent: &Agent) -> String {
         let _ = writeln!(t, "sockmesh_redirect_total{{branch=\"{}\"}} {value}", escape(branch));
     }
     let name = "sockmesh_acceleration";
-    family(t, name, "gauge", "1 where bytes between applications and the worker skip TCP; the state says why not.");
+    family(
+        t,
+        name,
+        "gauge",
+        "1 where bytes between applications and the worker skip TCP; the state says why not.",
+    );
     for (direction, state) in &status.acceleration {
         let on = u8::from(state.starts_with("on"));
         let state = escape(state);

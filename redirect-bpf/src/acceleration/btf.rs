@@ -6,8 +6,9 @@ use std::{fs, io, ops::Range, path::Path};
 /// Byte offset of `write_seq` in `struct tcp_sock`.
 pub(crate) fn write_seq_offset() -> io::Result<u32> {
     let path = Path::new("/sys/kernel/btf/vmlinux");
-    member_offset(&fs::read(path)?, "tcp_sock", "write_seq")
-        .ok_or_else(|| io::Error::other(format!("{} does not tell where tcp_sock.write_seq is", path.display())))
+    member_offset(&fs::read(path)?, "tcp_sock", "write_seq").ok_or_else(|| {
+        io::Error::other(format!("{} does not tell where tcp_sock.write_seq is", path.display()))
+    })
 }
 
 const MAGIC: u16 = 0xeb9f;
@@ -31,7 +32,8 @@ fn member_offset(btf: &[u8], structure: &str, member: &str) -> Option<u32> {
     let (types, names) = (section(8)?, section(16)?);
     let is_name = |offset: u32, wanted: &str| {
         let name = names.start.checked_add(offset as usize).and_then(|start| btf.get(start..));
-        name.and_then(|name| name.strip_prefix(wanted.as_bytes())).is_some_and(|rest| rest.first() == Some(&0))
+        name.and_then(|name| name.strip_prefix(wanted.as_bytes()))
+            .is_some_and(|rest| rest.first() == Some(&0))
     };
     let mut at = types.start;
     while at < types.end {

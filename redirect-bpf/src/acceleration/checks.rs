@@ -160,8 +160,7 @@ fn splices(flow: Flow<'_>) -> Result<(), String> {
     flow.send(&[7; 1000])?;
     flow.await_bytes()?;
     let (_read, write) = tried("make a pipe", rustix::pipe::pipe_with(PipeFlags::CLOEXEC))?;
-    let moved =
-        rustix::pipe::splice(&flow.receiver, None, &write, None, 1000, SpliceFlags::NONBLOCK);
+    let moved = rustix::pipe::splice(&flow.receiver, None, &write, None, 1000, SpliceFlags::NONBLOCK);
     match moved {
         Ok(1000) => Ok(()),
         Ok(moved) => Err(format!("it moves {moved} of 1000 bytes that wait to be read")),
@@ -376,6 +375,8 @@ fn carries_both_ways_at_once(flow: Flow<'_>) -> Result<(), String> {
             scope.spawn(|| send(&flow.receiver)),
             scope.spawn(|| receive(&flow.sender)),
         ];
-        tasks.into_iter().try_for_each(|task| task.join().unwrap_or_else(|_| Err("a thread panicked".to_owned())))
+        tasks
+            .into_iter()
+            .try_for_each(|task| task.join().unwrap_or_else(|_| Err("a thread panicked".to_owned())))
     })
 }

@@ -156,7 +156,8 @@ impl Redirect {
     /// # Errors
     /// What the kernel does not accept.
     pub fn load_acceleration(&mut self, arrivals: Arrivals) -> Result<(), Error> {
-        let offset = btf::write_seq_offset().map_err(Error::sys("find a field of the kernel's TCP sockets"))?;
+        let offset =
+            btf::write_seq_offset().map_err(Error::sys("find a field of the kernel's TCP sockets"))?;
         let maps = self.pins.maps();
         self.loader.set_write_seq_offset(offset);
         let mut object = self.loader.open(&maps)?;

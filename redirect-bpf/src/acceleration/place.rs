@@ -111,12 +111,7 @@ impl<'a> Place<'a> {
     }
 
     /// Runs one check.
-    pub(super) fn find(
-        &self,
-        check: &Check,
-        direction: Direction,
-        on: Directions,
-    ) -> Result<Finding, Error> {
+    pub(super) fn find(&self, check: &Check, direction: Direction, on: Directions) -> Result<Finding, Error> {
         let fast = on.includes(direction);
         let failure = check.run(self, direction, fast).err();
         Ok(Finding { check: check.name, direction, fast, failure })
@@ -126,7 +121,9 @@ impl<'a> Place<'a> {
     pub(super) fn judge(&mut self, on: Directions) -> Result<Verdict, Error> {
         self.set(on)?;
         for (check, direction) in checks::all() {
-            let Finding { fast, failure: Some(failure), .. } = self.find(check, direction, on)? else { continue };
+            let Finding { fast, failure: Some(failure), .. } = self.find(check, direction, on)? else {
+                continue;
+            };
             self.set(Directions::NONE)?;
             if let Some(plain) = self.find(check, direction, Directions::NONE)?.failure {
                 return Ok(Verdict::Off(format!(
