@@ -5,9 +5,12 @@
     talk.py kind KIND HOST PORT          asks an echo server over a socket of this kind
 """
 
+import ctypes
 import errno
 import hashlib
 import json
+import mmap
+import os
 import select
 import socket
 import struct
@@ -120,6 +123,36 @@ def serve_listen_to_reset(conn):
     say(end=end)
 
 
+def serve_http(conn):
+    """HTTP/1.1. Asks for a body that is announced with `Expect` (or refuses it: path /no) and answers in chunks."""
+    rest = b""
+    while True:
+        while b"\r\n\r\n" not in rest:
+            data = conn.recv(1 << 16)
+            if not data:
+                return
+            rest += data
+        head, _, rest = rest.partition(b"\r\n\r\n")
+        first, *lines = head.lower().split(b"\r\n")
+        headers = {k.strip(): v.strip() for k, _, v in (line.partition(b":") for line in lines)}
+        early = None
+        if headers.get(b"expect") == b"100-continue":
+            early = len(rest)
+            if b" /no " in first:
+                conn.sendall(b"HTTP/1.1 417 Expectation Failed\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+                return
+            conn.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        length = int(headers.get(b"content-length", b"0"))
+        while len(rest) < length:
+            rest += conn.recv(1 << 16)
+        body, rest = rest[:length], rest[length:]
+        text = json.dumps({"early": early, "sha256": hashlib.sha256(body).hexdigest()}).encode()
+        conn.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        for part in (text[:1], text[1:20], text[20:]):
+            conn.sendall(b"%x\r\n%s\r\n" % (len(part), part))
+        conn.sendall(b"0\r\n\r\n")
+
+
 def one_connection(behaviour, conn, peer):
     with conn:
         say(accepted=peer[0], accepted_port=peer[1], peer=conn.getpeername()[0], local=conn.getsockname()[0])
@@ -136,7 +169,7 @@ def serve(behaviour, port):
         if family == socket.AF_INET6:
             server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         server.bind((address, port))
-        server.listen(1024)
+        server.listen(4096)
         return server
 
     def accept(server):
@@ -144,6 +177,8 @@ def serve(behaviour, port):
             conn, peer = server.accept()
             threading.Thread(target=one_connection, args=(behaviour, conn, peer), daemon=True).start()
 
+    # Thousands of connections are thousands of threads, none of which goes deep.
+    threading.stack_size(256 * 1024)
     six = listen(socket.AF_INET6, "::")
     four = listen(socket.AF_INET, "0.0.0.0")
     threading.Thread(target=accept, args=(six,), daemon=True).start()
@@ -270,16 +305,90 @@ def call_take_nothing(conn):
 
 
 def call_many(conn):
-    """Opens N connections more to the same place, keeps all open, and uses each."""
+    """Opens N connections to the same place, keeps all open, and uses each at the same time as all others.
+
+    No more than 200 are on their way at once, since that many ask for a handshake of TLS.
+    """
     peer, count = conn.getpeername()[:2], int(sys.argv[5])
     everyone = [conn]
-    for _ in range(count - 1):
-        everyone.append(socket.create_connection(peer, timeout=60))
+    while len(everyone) < count:
+        some = [socket.create_connection(peer, timeout=60) for _ in range(min(200, count - len(everyone)))]
+        for each in some:
+            each.sendall(b"here")
+        assert all(each.recv(4, socket.MSG_WAITALL) == b"here" for each in some)
+        everyone += some
     for n, each in enumerate(everyone):
         each.settimeout(60)
         each.sendall(n.to_bytes(4, "big"))
     good = sum(each.recv(4, socket.MSG_WAITALL) == n.to_bytes(4, "big") for n, each in enumerate(everyone))
     return {"good": good}
+
+
+def read_answer(conn):
+    """One HTTP head without its body: its first line."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        byte = conn.recv(1)
+        if not byte:
+            raise EOFError("the stream ended within a head")
+        head += byte
+    return head.split(b"\r\n")[0].decode()
+
+
+def call_expect(conn):
+    """Announces a body with `Expect` and sends it only when it is asked for."""
+    body = BLOCK
+    conn.sendall(b"POST %s HTTP/1.1\r\nhost: expect\r\nexpect: 100-continue\r\ncontent-length: %d\r\n\r\n"
+                 % (sys.argv[5].encode(), len(body)))
+    first = read_answer(conn)
+    if " 100" not in first:
+        return {"first": first}
+    conn.sendall(body)
+    second, text = read_answer(conn), b""
+    while not text.endswith(b"\r\n0\r\n\r\n"):
+        text += conn.recv(4096)
+    pieces = text.split(b"\r\n")[1::2]
+    return {"first": first, "second": second, "answer": json.loads(b"".join(pieces)),
+            "sha256": hashlib.sha256(body).hexdigest()}
+
+
+# Numbers of linux/io_uring.h and of its system calls, which are the same on all architectures.
+IO_URING_SETUP, IO_URING_ENTER = 425, 426
+IORING_OFF_SQ_RING, IORING_OFF_CQ_RING, IORING_OFF_SQES = 0, 0x8000000, 0x10000000
+IORING_OP_CONNECT, IORING_ENTER_GETEVENTS = 16, 1
+
+
+def socket_address(host, port):
+    """A `struct sockaddr_in` or `sockaddr_in6`."""
+    if ":" in host:
+        return struct.pack("=H", socket.AF_INET6) + struct.pack("!HI16sI", port, 0, socket.inet_pton(socket.AF_INET6, host), 0)
+    return struct.pack("=H", socket.AF_INET) + struct.pack("!H4s8x", port, socket.inet_aton(host))
+
+
+def connect_by_io_uring(conn, host, port):
+    """One connect that the kernel does on its own behalf. What it lacks shows as an error of `io_uring_setup`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    params = ctypes.create_string_buffer(120)
+    ring = libc.syscall(IO_URING_SETUP, 1, params)
+    if ring < 0:
+        raise OSError(ctypes.get_errno(), "io_uring_setup")
+    words = struct.unpack("=30I", params.raw)
+    sq_entries, cq_entries, sq, cq = words[0], words[1], words[10:18], words[20:28]
+    sq_tail, sq_array, cq_cqes = sq[1], sq[6], cq[5]
+    submissions = mmap.mmap(ring, sq_array + 4 * sq_entries, offset=IORING_OFF_SQ_RING)
+    completions = mmap.mmap(ring, cq_cqes + 16 * cq_entries, offset=IORING_OFF_CQ_RING)
+    entries = mmap.mmap(ring, 64 * sq_entries, offset=IORING_OFF_SQES)
+    address = ctypes.create_string_buffer(socket_address(host, port))
+    entries[0:24] = struct.pack("=BBHiQQ", IORING_OP_CONNECT, 0, 0, conn.fileno(), len(address) - 1,
+                                ctypes.addressof(address))
+    submissions[sq_array:sq_array + 4] = struct.pack("=I", 0)
+    submissions[sq_tail:sq_tail + 4] = struct.pack("=I", 1)
+    if libc.syscall(IO_URING_ENTER, ring, 1, 1, IORING_ENTER_GETEVENTS, None, 0) < 0:
+        raise OSError(ctypes.get_errno(), "io_uring_enter")
+    (result,) = struct.unpack("=i", completions[cq_cqes + 8:cq_cqes + 12])
+    os.close(ring)
+    if result:
+        raise OSError(-result, "connect")
 
 
 def opened(kind, family):
@@ -306,6 +415,8 @@ def connected(kind, host, port):
         conn.setblocking(True)
     elif kind == "fastopen":
         conn.sendto(b"ping", socket.MSG_FASTOPEN, (host, port))
+    elif kind == "io_uring":
+        connect_by_io_uring(conn, host, port)
     else:
         conn.connect((host, port))
     return conn

@@ -9,4 +9,4 @@ pub mod stage;
 pub mod talk;
 
 pub use runner::{Outcome, Scenario};
-pub use stage::Stage;
+pub use stage::{Stage, addresses};

@@ -8,8 +8,10 @@
 //! | stranger | n1 | legacy | no |
 
 use std::cell::RefCell;
+use std::net::IpAddr;
 
 use anyhow::{Context, Result, anyhow, bail};
+use serde_json::json;
 use testbed::metrics::Sample;
 use testbed::{Mesh, Pod, PodSpec};
 
@@ -87,6 +89,36 @@ impl Stage {
         self.explain(self.mesh.settle())
     }
 
+    /// The servers on the client's own node and on the other one, each at its addresses of both families.
+    #[must_use]
+    pub fn targets(&self) -> [(&Pod, IpAddr); 4] {
+        let [a, b] = addresses(&self.near);
+        let [c, d] = addresses(&self.far);
+        [(&self.near, a), (&self.near, b), (&self.far, c), (&self.far, d)]
+    }
+
+    /// Gives a pod these annotations of the mesh (`exclude-inbound-ports`) in place of those that it has, and waits until
+    /// every node has heard of it.
+    ///
+    /// # Errors
+    /// When the manifest cannot be written or a node does not take it over.
+    pub fn annotate(&self, pod: &Pod, annotations: &[(&str, &str)]) -> Result<()> {
+        let annotations: serde_json::Map<_, _> =
+            annotations.iter().map(|(key, value)| (format!("sockmesh.io/{key}"), json!(value))).collect();
+        self.mesh.manifests().edit("Pod", pod.namespace(), pod.name(), |object| {
+            object["metadata"]["annotations"] = annotations.into();
+        })?;
+        self.mesh.settle()
+    }
+
+    /// How often a node's redirection took this branch.
+    ///
+    /// # Errors
+    /// When its metrics cannot be read.
+    pub fn branch(&self, node: u8, branch: &str) -> Result<f64> {
+        Ok(self.mesh.node(node).metrics()?.sum("sockmesh_redirect_total", &[("branch", branch)]))
+    }
+
     /// Announces refusals of this kind: a reason flag (`PLAIN`) or a branch of the redirection.
     pub fn announce_refusal(&self, kind: &str) {
         self.refusals.borrow_mut().push(kind.to_owned());
@@ -162,6 +194,12 @@ impl Stage {
         }
         Ok(())
     }
+}
+
+/// A pod's addresses of both families.
+#[must_use]
+pub fn addresses(pod: &Pod) -> [IpAddr; 2] {
+    [pod.v4().into(), pod.v6().into()]
 }
 
 /// What kind of refusal a counter counts, `None` if none.

@@ -81,7 +81,8 @@ pub fn call_with(
     serde_json::from_str(&out).with_context(|| format!("not one line of JSON: {out:?}"))
 }
 
-/// Asks an echo server over a socket of this kind: `blocking`, `nonblocking`, `fastopen`, `mptcp`, `mapped`.
+/// Asks an echo server over a socket of this kind: `blocking`, `nonblocking`, `fastopen`, `mptcp`, `mapped`,
+/// `io_uring`.
 ///
 /// # Errors
 /// When it cannot run. That the connection failed is in the answer: members `error` and `errno`.

@@ -1,6 +1,7 @@
 //! `sockmesh-controller`.
 
 use std::io::IsTerminal as _;
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
@@ -11,8 +12,20 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     let config = Config::parse();
+    // Not returned from here: that would print the error as `Debug` does, with a backtrace for those who asked for those
+    // of panics.
+    match start(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("sockmesh-controller: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(config: Config) -> Result<()> {
     start_log(&config)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("tokio runtime")?;

@@ -235,6 +235,10 @@ fn start_log(log: &LogArguments) -> anyhow::Result<()> {
 fn become_child(arguments: &ChildArguments) -> anyhow::Result<OwnedFd> {
     let control =
         std::io::stdin().as_fd().try_clone_to_owned().context("no control socket on standard input")?;
+    anyhow::ensure!(
+        rustix::net::sockopt::socket_acceptconn(&control).unwrap_or(false),
+        "standard input is no listening socket; the agent starts this command by itself: run sockmesh-node agent"
+    );
     let null = std::fs::File::open("/dev/null").context("cannot open /dev/null")?;
     rustix::stdio::dup2_stdin(&null).context("cannot put /dev/null in the place of standard input")?;
     rights::give_up(Rights {
@@ -265,7 +269,11 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 fn print_reply(reply: Option<Reply>, run_dir: &std::path::Path, output: Output) -> anyhow::Result<()> {
     match reply {
-        None => anyhow::bail!("no agent runs with --run-dir {}", run_dir.display()),
+        None => anyhow::bail!(
+            "no agent runs with --run-dir {0}; start one (sockmesh-node agent --run-dir {0}), or name the directory that \
+             the running one has in node.run_dir",
+            run_dir.display()
+        ),
         Some(Reply::Error { message }) => anyhow::bail!(message),
         Some(Reply::Done { message }) => println!("{message}"),
         Some(Reply::Status(status)) => match output {

@@ -35,7 +35,7 @@ pub fn nginx_http2(pod: &Pod, port: u16) -> Result<Process> {
     nginx_with(pod, port, "http2", "")
 }
 
-/// The same over TLS. Returns the file with the self-signed certificate, which is for `<pod>.test`, too.
+/// The same over TLS, HTTP/1 and HTTP/2. Returns the file with the self-signed certificate, which is for `<pod>.test`, too.
 ///
 /// # Errors
 /// When nginx or openssl is missing or does not start.
@@ -62,7 +62,7 @@ pub fn nginx_tls(pod: &Pod, port: u16) -> Result<(Process, PathBuf)> {
         .output()?
         .ok()?;
     let lines = format!("ssl_certificate {}; ssl_certificate_key {};", certificate.display(), key.display());
-    Ok((nginx_with(pod, port, "ssl", &lines)?, certificate))
+    Ok((nginx_with(pod, port, "ssl http2", &lines)?, certificate))
 }
 
 /// nginx with these words after each `listen`, and these lines in its server.

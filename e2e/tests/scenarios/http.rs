@@ -1,27 +1,15 @@
 //! HTTP/1.1 with curl and nginx.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Outcome, Stage};
+use e2e::{Outcome, Stage, talk};
 use testbed::load::{LoadReport, load};
 use testbed::{Capture, Metrics, Pod, PodSpec, PodState, ServiceSpec, programs, wait};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const CANARY: &str = "canary-4c1d0f";
-
-/// An address as it stands in a URL.
-fn host(address: IpAddr) -> String {
-    match address {
-        IpAddr::V4(v4) => v4.to_string(),
-        IpAddr::V6(v6) => format!("[{v6}]"),
-    }
-}
-
-fn addresses(pod: &Pod) -> [IpAddr; 2] {
-    [pod.v4().into(), pod.v6().into()]
-}
 
 /// The body of an answer to curl, which must be a success.
 fn get(pod: &Pod, url: &str, args: &[&str]) -> Result<String> {
@@ -30,28 +18,55 @@ fn get(pod: &Pod, url: &str, args: &[&str]) -> Result<String> {
     curl.args(args).arg(url).output()?.ok()
 }
 
+/// Sends requests at once and reads the answers, which must come in order; who gave them.
+fn pipelined(stage: &Stage, to: IpAddr) -> Result<String> {
+    let request = |n: usize, end| {
+        format!("GET / HTTP/1.1\r\nhost: pipe\r\nx-canary: {CANARY}-{n}\r\nconnection: {end}\r\n\r\n")
+    };
+    let text: String = (0..20).map(|n| request(n, if n == 19 { "close" } else { "keep-alive" })).collect();
+    let ncat = stage.client.launch("ncat").args(["--no-shutdown", &to.to_string(), "8080"]).stdin(text);
+    let answers = ncat.output()?.ok()?;
+    let bodies: Vec<&str> = answers.lines().filter(|l| l.contains(CANARY)).collect();
+    ensure!(bodies.len() == 20, "{} of 20 answers came: {answers}", bodies.len());
+    let name = bodies[0].split(' ').next().unwrap_or_default();
+    for (n, body) in bodies.iter().enumerate() {
+        ensure!(*body == format!("{name} {CANARY}-{n}"), "answer {n} is {body}");
+    }
+    Ok(name.to_owned())
+}
+
+/// It is the application that asks for an announced body, or refuses it, and nobody on the way for it.
+fn waits_for_100_continue(stage: &Stage, to: IpAddr) -> Result<()> {
+    let said = talk::call_with(&stage.client, "expect", to, 8081, &["/yes"])?;
+    ensure!(said["first"] == "HTTP/1.1 100 Continue" && said["second"] == "HTTP/1.1 200 OK", "{to}: {said}");
+    ensure!(said["answer"]["early"] == 0, "{to}: the body was sent before it was asked for: {said}");
+    ensure!(said["answer"]["sha256"] == said["sha256"], "{to}: {said}");
+    let said = talk::call_with(&stage.client, "expect", to, 8081, &["/no"])?;
+    ensure!(said["first"] == "HTTP/1.1 417 Expectation Failed", "{to}: {said}");
+    Ok(())
+}
+
 pub(crate) fn http1_works_across_nodes_and_on_one_node_and_is_never_plain_on_the_wire() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
         let capture = Capture::start(&stage.mesh, 1, 2)?;
-        for server in [&stage.near, &stage.far] {
-            let _nginx = programs::nginx(server, 8080)?;
+        let _nginx = [programs::nginx(&stage.near, 8080)?, programs::nginx(&stage.far, 8080)?];
+        let _http = [talk::serve(&stage.near, "http", 8081)?, talk::serve(&stage.far, "http", 8081)?];
+        let upload = stage.client.dir().join("large");
+        std::fs::write(&upload, "y".repeat(300_000))?;
+        let upload = format!("@{}", upload.display());
+        for (server, to) in stage.targets() {
+            let url = format!("http://{}/", SocketAddr::new(to, 8080));
             let expected = format!("{} {CANARY}\n", server.name());
-            for address in addresses(server) {
-                let url = format!("http://{}:8080/", host(address));
-                ensure!(get(&stage.client, &url, &[])? == expected, "{url}");
-                ensure!(get(&stage.client, &url, &["--http1.0"])? == expected, "{url} with HTTP/1.0");
-                ensure!(
-                    get(&stage.client, &url, &[&url, "--next", "-sS", "-H", &format!("x-canary: {CANARY}")])?
-                        == expected.repeat(2),
-                    "{url} twice on one connection"
-                );
-                let large = "y".repeat(300_000);
-                let body = server.dir().join("large");
-                std::fs::write(&body, &large)?;
-                let upload =
-                    ["--data-binary", &format!("@{}", body.display()), "-H", "transfer-encoding: chunked"];
-                ensure!(get(&stage.client, &url, &upload)? == expected, "{url} with a chunked body");
-            }
+            ensure!(get(&stage.client, &url, &[])? == expected, "{url}");
+            ensure!(get(&stage.client, &url, &["--http1.0"])? == expected, "{url} with HTTP/1.0");
+            let again = [&url, "--next", "-sS", "-H", &format!("x-canary: {CANARY}")];
+            ensure!(get(&stage.client, &url, &again)? == expected.repeat(2), "{url} twice on one connection");
+            let chunked = ["--data-binary", &upload, "-H", "transfer-encoding: chunked"];
+            ensure!(get(&stage.client, &url, &chunked)? == expected, "{url} with a chunked body");
+            ensure!(pipelined(stage, to)? == server.name(), "{url} with pipelining");
+            let answer = get(&stage.client, &format!("http://{}/", SocketAddr::new(to, 8081)), &[])?;
+            ensure!(answer.contains("sha256"), "{to}: a chunked answer came as {answer}");
+            waits_for_100_continue(stage, to)?;
         }
         let seen = capture.finish()?;
         ensure!(seen.canary_bytes(CANARY) == 0, "{} bytes of plain text", seen.canary_bytes(CANARY));
@@ -68,7 +83,7 @@ pub(crate) fn services_are_reached_by_their_addresses_and_requests_bear_identiti
         let vips = stage.mesh.service(service)?;
         stage.mesh.settle()?;
         for vip in &vips {
-            let answer = get(&stage.client, &format!("http://{}/", host(*vip)), &[])?;
+            let answer = get(&stage.client, &format!("http://{}/", SocketAddr::new(*vip, 80)), &[])?;
             ensure!(answer == format!("far {CANARY}\n"), "{vip} answered {answer:?}");
         }
         let (source, destination) = (stage.client.identity(), stage.far.identity());

@@ -1,10 +1,13 @@
 //! All scenarios; each module is a topic, each function a story whose name says what holds.
 
+mod exceptions;
 mod http;
+mod operators;
 mod peers;
 mod policy;
 mod protocols;
 mod restarts;
+mod services;
 mod tcp;
 mod volume;
 
@@ -19,15 +22,17 @@ fn main() -> ExitCode {
         http::a_service_that_cannot_be_reached_answers_503_with_its_reason,
         peers::client_and_server_see_each_others_true_addresses,
         peers::every_kind_of_tcp_socket_is_captured,
+        peers::a_connect_through_io_uring_is_captured,
         peers::a_pod_reaches_itself_as_without_a_mesh,
         protocols::http2_with_prior_knowledge_is_balanced_by_request,
         protocols::grpc_of_all_four_kinds_works_with_its_trailers,
         protocols::websockets_pass_in_both_directions,
         protocols::tls_of_the_application_passes_untouched,
-        protocols::hbone_carries_http_and_tcp_between_nodes,
+        protocols::hbone_and_the_native_tunnel_carry_http_and_tcp_as_the_peers_entry_says,
         tcp::without_a_mesh_the_same_things_hold,
         tcp::a_server_that_speaks_first_is_heard_at_once,
         tcp::databases_work_through_the_mesh,
+        tcp::ncat_talks_to_ncat_through_the_mesh,
         tcp::a_refused_connection_is_refused_or_reset_and_never_a_clean_end,
         tcp::an_application_that_refuses_on_another_node_is_replaced_by_one_that_does_not,
         tcp::a_reset_arrives_as_a_reset_in_both_directions,
@@ -36,6 +41,18 @@ fn main() -> ExitCode {
         policy::a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it,
         policy::a_stricter_policy_ends_the_plain_connections_that_it_forbids,
         policy::peers_that_the_mesh_did_not_certify_are_refused_by_name,
+        exceptions::excluded_destinations_are_reached_without_the_mesh_and_no_others,
+        exceptions::an_excluded_port_of_a_strict_pod_is_open_to_everybody_and_no_other_one,
+        exceptions::a_port_without_mtls_is_open_to_everybody_and_no_other_one,
+        exceptions::an_excluded_source_reaches_a_strict_pod_and_no_other_one_does,
+        exceptions::probes_of_the_node_itself_reach_a_strict_pod_and_those_who_pretend_do_not,
+        services::several_ports_of_a_service_lead_where_each_pod_names_them,
+        services::pods_of_a_headless_service_are_reached_by_their_own_addresses_under_its_name,
+        services::an_endpoint_that_is_terminating_is_drained_without_losing_a_request,
+        services::an_endpoint_that_is_terminating_still_answers_those_who_ask_for_it,
+        operators::a_bad_manifest_is_named_and_leaves_the_last_good_state_in_force,
+        operators::wrong_inputs_of_the_nodes_commands_end_with_what_to_do,
+        operators::wrong_inputs_of_the_controller_end_with_what_to_do,
         restarts::a_worker_that_is_killed_under_load_refuses_no_connection_and_sends_nothing_plain,
         restarts::an_agent_that_is_killed_and_comes_back_costs_no_request,
         restarts::a_pod_whose_node_proxy_is_gone_is_refused_and_never_sent_out_plain,
@@ -44,8 +61,9 @@ fn main() -> ExitCode {
         restarts::uninstalling_leaves_nothing_and_gives_the_network_back,
         restarts::processes_have_the_rights_that_they_need_and_no_more,
         volume::five_thousand_http_connections_at_the_same_time_are_served,
-        volume::a_thousand_tcp_connections_at_the_same_time_are_each_their_own,
+        volume::five_thousand_tcp_connections_at_the_same_time_are_each_their_own,
         volume::a_pod_takes_no_more_connections_than_it_may_from_either_node,
+        volume::iperf3_moves_its_streams_in_every_direction,
         volume::readers_that_do_not_read_cost_little_memory,
     ])
 }

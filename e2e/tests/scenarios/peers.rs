@@ -1,5 +1,6 @@
 //! What applications see of each other.
 
+use std::cell::Cell;
 use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
@@ -61,6 +62,27 @@ pub(crate) fn every_kind_of_tcp_socket_is_captured() -> Result<Outcome> {
         ensure!(seen.bytes_off_port(15008) == 0, "TCP went past the tunnel");
         Ok(())
     })
+}
+
+pub(crate) fn a_connect_through_io_uring_is_captured() -> Result<Outcome> {
+    let lacks = Cell::new(None);
+    let outcome = Stage::new()?.play(|stage| {
+        let _echo = [talk::serve(&stage.near, "echo", 7000)?, talk::serve(&stage.far, "echo", 7000)?];
+        let capture = Capture::start(&stage.mesh, 1, 2)?;
+        for (_, to) in stage.targets() {
+            let seen = talk::ask(&stage.client, "io_uring", to, 7000)?;
+            // io_uring_setup(2): not built in, or forbidden (kernel.io_uring_disabled).
+            if seen["errno"] == "ENOSYS" || seen["errno"] == "EPERM" {
+                lacks.set(Some(format!("this kernel gives no io_uring: {seen}")));
+                return Ok(());
+            }
+            ensure!(seen["answer"] == "ping" && seen["peer"] == to.to_string(), "{to}: {seen}");
+        }
+        let seen = capture.finish()?;
+        ensure!(seen.bytes_off_port(15008) == 0 && seen.bytes_on_port(15008) > 0, "TCP went past the tunnel");
+        Ok(())
+    })?;
+    Ok(lacks.take().map_or(outcome, Outcome::Skipped))
 }
 
 pub(crate) fn a_pod_reaches_itself_as_without_a_mesh() -> Result<Outcome> {

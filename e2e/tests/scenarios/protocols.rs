@@ -1,15 +1,26 @@
 //! Protocols beside HTTP/1.1 and plain TCP.
 
+use std::fmt::Display;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use e2e::{Outcome, Stage};
+use e2e::{Outcome, Stage, addresses, talk};
 use testbed::{Capture, Pod, Process, ServiceSpec, programs};
 
 const CANARY: &str = "canary-77ab12";
 const WEBSOCKET: &str = include_str!("../../programs/websocket.py");
 const GRPC: &str = env!("CARGO_BIN_EXE_e2e-grpc");
 const LIMIT: Duration = Duration::from_secs(20);
+/// How the native tunnel is called in the negotiation of TLS (RFC 7301).
+const NATIVE: &str = "sockmesh/1";
+
+/// The body of an answer to curl, which must be a success.
+fn get(pod: &Pod, scheme: &str, authority: impl Display, args: &[&str]) -> Result<String> {
+    let canary = format!("x-canary: {CANARY}");
+    let curl = pod.launch("curl").args(["-sS", "--fail-with-body", "--max-time", "10", "-H", &canary]);
+    curl.args(args).arg(format!("{scheme}://{authority}/")).output()?.ok()
+}
 
 fn python(pod: &Pod, args: &[&str]) -> testbed::Launch {
     pod.launch("/usr/bin/python3").args(["-I", "-c", WEBSOCKET]).args(args).label("websocket")
@@ -24,12 +35,10 @@ fn websocket_server(pod: &Pod) -> Result<Process> {
 pub(crate) fn websockets_pass_in_both_directions() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
         let capture = Capture::start(&stage.mesh, 1, 2)?;
-        for server in [&stage.near, &stage.far] {
-            let _server = websocket_server(server)?;
-            for host in [server.v4().to_string(), server.v6().to_string()] {
-                let said = python(&stage.client, &["call", &host, "9000", CANARY]).output()?.ok()?;
-                ensure!(said.trim() == CANARY, "{host}: {said}");
-            }
+        let _servers = [websocket_server(&stage.near)?, websocket_server(&stage.far)?];
+        for (_, to) in stage.targets() {
+            let said = python(&stage.client, &["call", &to.to_string(), "9000", CANARY]).output()?.ok()?;
+            ensure!(said.trim() == CANARY, "{to}: {said}");
         }
         let plain = capture.finish()?.canary_bytes(CANARY);
         ensure!(plain == 0, "{plain} bytes of plain text");
@@ -52,58 +61,70 @@ pub(crate) fn http2_with_prior_knowledge_is_balanced_by_request() -> Result<Outc
         let report = testbed::load::LoadReport::last(&load)?;
         ensure!(report.ok == 400 && report.failed == 0 && report.connections == 4, "{report:?}");
         ensure!(report.servers.len() == 2, "one endpoint got everything: {report:?}");
-        let curl = stage.client.launch("curl").args(["-sS", "--http2-prior-knowledge", "--max-time", "10"]);
-        let answer = curl.arg(format!("http://{}:8082/", stage.far.v4())).output()?.ok()?;
-        ensure!(answer.starts_with("far"), "undeclared: {answer}");
+        // Without a service nothing declares the protocol.
+        let capture = Capture::start(&stage.mesh, 1, 2)?;
+        for (server, to) in stage.targets() {
+            let answer = get(&stage.client, "http", SocketAddr::new(to, 8082), &["--http2-prior-knowledge"])?;
+            ensure!(answer == format!("{} {CANARY}\n", server.name()), "undeclared, {to}: {answer}");
+        }
+        let seen = capture.finish()?;
+        ensure!(seen.canary_bytes(CANARY) == 0 && seen.bytes_off_port(15008) == 0, "plain text on the wire");
         Ok(())
     })
 }
 
 pub(crate) fn tls_of_the_application_passes_untouched() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
-        for server in [&stage.near, &stage.far] {
-            let (_nginx, certificate) = programs::nginx_tls(server, 8443)?;
-            let curl = stage.client.launch("curl").args([
-                "-sS",
-                "--max-time",
-                "10",
-                "-H",
-                &format!("x-canary: {CANARY}"),
-            ]);
+        let near = programs::nginx_tls(&stage.near, 8443)?;
+        let far = programs::nginx_tls(&stage.far, 8443)?;
+        for (server, to) in stage.targets() {
+            let certificate = if server.name() == "near" { &near.1 } else { &far.1 };
             let name = format!("{}.test", server.name());
-            let answer = curl
-                .arg("--cacert")
-                .arg(&certificate)
-                .args(["--resolve", &format!("{name}:8443:{}", server.v4())])
-                .arg(format!("https://{name}:8443/"))
-                .output()?
-                .ok()?;
-            ensure!(answer == format!("{} {CANARY}\n", server.name()), "{answer}");
+            let resolve = format!("{name}:8443:{to}");
+            let roots = certificate.display().to_string();
+            // Both versions of HTTP, as the two ends agree on it with ALPN, which nobody between them may change.
+            for version in ["--http1.1", "--http2"] {
+                let args = [version, "--cacert", &roots, "--resolve", &resolve, "-w", "%{http_version}"];
+                let answer = get(&stage.client, "https", format!("{name}:8443"), &args)?;
+                let expected = if version == "--http2" { "2" } else { "1.1" };
+                ensure!(answer == format!("{} {CANARY}\n{expected}", server.name()), "{to}: {answer}");
+            }
         }
         Ok(())
     })
 }
 
-pub(crate) fn hbone_carries_http_and_tcp_between_nodes() -> Result<Outcome> {
-    Stage::annotated(&[("sockmesh.io/tunnel", "hbone")])?.play(|stage| {
-        let _nginx = programs::nginx(&stage.far, 8080)?;
-        let _banner = e2e::talk::serve(&stage.far, "banner", 2525)?;
-        let capture = Capture::start(&stage.mesh, 1, 2)?;
-        for host in [stage.far.v4().to_string(), format!("[{}]", stage.far.v6())] {
-            let curl = stage.client.launch("curl").args([
-                "-sS",
-                "--max-time",
-                "10",
-                "-H",
-                &format!("x-canary: {CANARY}"),
-            ]);
-            let answer = curl.arg(format!("http://{host}:8080/")).output()?.ok()?;
-            ensure!(answer == format!("far {CANARY}\n"), "{answer}");
+pub(crate) fn hbone_and_the_native_tunnel_carry_http_and_tcp_as_the_peers_entry_says() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let servers = [&stage.client, &stage.far];
+        let _nginx = [programs::nginx(&stage.client, 8080)?, programs::nginx(&stage.far, 8080)?];
+        let _banner = [talk::serve(&stage.client, "banner", 2525)?, talk::serve(&stage.far, "banner", 2525)?];
+        // Each node is client and server of both forms in turn; in the middle the two directions differ.
+        for hbone in [&[][..], &["far"], &["far", "client"], &["client"]] {
+            for pod in servers {
+                let form = if hbone.contains(&pod.name()) { "hbone" } else { "native" };
+                stage.annotate(pod, &[("tunnel", form)])?;
+            }
+            for (from, to) in [(&stage.client, &stage.far), (&stage.far, &stage.client)] {
+                let capture = Capture::start(&stage.mesh, 1, 2)?;
+                for address in addresses(to) {
+                    // Several connections, so that one of them finds a tunnel that is there already.
+                    for _ in 0..2 {
+                        let answer = get(from, "http", SocketAddr::new(address, 8080), &[])?;
+                        ensure!(answer == format!("{} {CANARY}\n", to.name()), "{address}: {answer}");
+                        let heard = talk::call(from, "wait-for-banner", address, 2525)?;
+                        ensure!(heard["answer"] == "ping", "{address}: {heard}");
+                    }
+                }
+                let seen = capture.finish()?;
+                let plain = seen.canary_bytes(CANARY) + seen.bytes_off_port(15008);
+                ensure!(plain == 0, "{plain} bytes of plain text");
+                // The client's first words of TLS are in clear text and name what shall be spoken.
+                let native = seen.canary_bytes(NATIVE) > 0;
+                let expected = !hbone.contains(&to.name());
+                ensure!(native == expected, "{hbone:?}, to {}: the native form is {native}", to.name());
+            }
         }
-        let heard = e2e::talk::call(&stage.client, "wait-for-banner", stage.far.v4(), 2525)?;
-        ensure!(heard["answer"] == "ping", "{heard}");
-        let seen = capture.finish()?;
-        ensure!(seen.canary_bytes(CANARY) == 0 && seen.bytes_off_port(15008) == 0, "plain text on the wire");
         Ok(())
     })
 }
@@ -117,7 +138,7 @@ pub(crate) fn grpc_of_all_four_kinds_works_with_its_trailers() -> Result<Outcome
         for server in [&stage.near, &stage.far] {
             let mut grpc = server.launch(GRPC).args(["serve", "[::]:50051"]).spawn()?;
             grpc.wait_for_port(50051, LIMIT)?;
-            let mut targets = vec![format!("{}:50051", server.v4()), format!("[{}]:50051", server.v6())];
+            let mut targets = addresses(server).map(|to| SocketAddr::new(to, 50051).to_string()).to_vec();
             if server.name() == "far" {
                 targets.push(format!("{}:80", vips[0]));
             }

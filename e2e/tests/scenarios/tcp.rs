@@ -1,10 +1,13 @@
 //! TCP as it is without a mesh: who speaks first, how things end, and that every byte arrives.
 
+use std::net::IpAddr;
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use e2e::{Outcome, Stage, talk};
-use testbed::{Capture, ServiceSpec, programs, wait};
+use testbed::{Capture, Pod, Process, ServiceSpec, programs, wait};
 
-const LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(30);
 const CANARY: &str = "canary-9be2a7";
 
 /// What the mesh must not change: the same stories with no mesh at all, so that the others can be believed.
@@ -22,14 +25,12 @@ pub(crate) fn a_server_that_speaks_first_is_heard_at_once() -> Result<Outcome> {
 }
 
 fn hear_the_banner(stage: &Stage) -> Result<()> {
-    for server in [&stage.near, &stage.far] {
-        // No service declares a protocol, so the mesh has to find out who speaks first.
-        let _banner = talk::serve(server, "banner", 2525)?;
-        for address in [server.v4().into(), std::net::IpAddr::from(server.v6())] {
-            // The client says nothing before it has heard the banner: a proxy that waits for it waits for ever.
-            let heard = talk::call(&stage.client, "wait-for-banner", address, 2525)?;
-            ensure!(heard["banner"] == "220 welcome\r\n" && heard["answer"] == "ping", "{address}: {heard}");
-        }
+    // No service declares a protocol, so the mesh has to find out who speaks first.
+    let _banners = [talk::serve(&stage.near, "banner", 2525)?, talk::serve(&stage.far, "banner", 2525)?];
+    for (_, to) in stage.targets() {
+        // The client says nothing before it has heard the banner: a proxy that waits for it waits for ever.
+        let heard = talk::call(&stage.client, "wait-for-banner", to, 2525)?;
+        ensure!(heard["banner"] == "220 welcome\r\n" && heard["answer"] == "ping", "{to}: {heard}");
     }
     Ok(())
 }
@@ -59,6 +60,29 @@ pub(crate) fn databases_work_through_the_mesh() -> Result<Outcome> {
     })
 }
 
+pub(crate) fn ncat_talks_to_ncat_through_the_mesh() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let capture = Capture::start(&stage.mesh, 1, 2)?;
+        let listen = |pod: &Pod| -> Result<Process> {
+            let ncat = pod.launch("ncat").args(["--listen", "--keep-open", "--exec", "/bin/cat", "7000"]);
+            let mut process = ncat.spawn()?;
+            process.wait_for_port(7000, LIMIT)?;
+            Ok(process)
+        };
+        let _servers = [listen(&stage.near)?, listen(&stage.far)?];
+        let text = format!("{CANARY} and on it goes\n").repeat(20_000);
+        for (_, to) in stage.targets() {
+            // The end of its input is the client's half-close; cat has then said all and ends, too.
+            let ncat = stage.client.launch("ncat").arg(to.to_string()).arg("7000").stdin(text.as_str());
+            let answer = ncat.output()?.ok()?;
+            ensure!(answer == text, "{to} sent {} bytes back of {}", answer.len(), text.len());
+        }
+        let seen = capture.finish()?;
+        ensure!(seen.canary_bytes(CANARY) == 0 && seen.bytes_off_port(15008) == 0, "plain text on the wire");
+        Ok(())
+    })
+}
+
 pub(crate) fn a_refused_connection_is_refused_or_reset_and_never_a_clean_end() -> Result<Outcome> {
     let stage = Stage::unmeshed(&[])?;
     // Longer than the clients wait: a refusal that waited for a silent client to speak would come too late.
@@ -82,15 +106,13 @@ pub(crate) fn a_refused_connection_is_refused_or_reset_and_never_a_clean_end() -
 }
 
 fn refuse_closed_ports(stage: &Stage) -> Result<()> {
-    for server in [&stage.near, &stage.far] {
-        for address in [server.v4().into(), std::net::IpAddr::from(server.v6())] {
-            for behaviour in ["listen", "speak-and-read"] {
-                let end = talk::call(&stage.client, behaviour, address, 9)?;
-                ensure!(
-                    end["error"] == "ConnectionRefusedError" || end["error"] == "ConnectionResetError",
-                    "{behaviour} to a closed port of {address}: {end}"
-                );
-            }
+    for (_, to) in stage.targets() {
+        for behaviour in ["listen", "speak-and-read"] {
+            let end = talk::call(&stage.client, behaviour, to, 9)?;
+            ensure!(
+                end["error"] == "ConnectionRefusedError" || end["error"] == "ConnectionResetError",
+                "{behaviour} to a closed port of {to}: {end}"
+            );
         }
     }
     Ok(())
@@ -152,14 +174,14 @@ pub(crate) fn a_reset_arrives_as_a_reset_in_both_directions() -> Result<Outcome>
 }
 
 fn reset_both_ways(stage: &Stage) -> Result<()> {
-    for server in [&stage.near, &stage.far] {
-        let _resets = talk::serve(server, "reset", 7001)?;
-        let end = talk::call(&stage.client, "speak-and-read", server.v4(), 7001)?;
-        ensure!(end["error"] == "ConnectionResetError", "{} resets, the client sees {end}", server.name());
+    let _resets = [talk::serve(&stage.near, "reset", 7001)?, talk::serve(&stage.far, "reset", 7001)?];
+    for (server, to) in stage.targets() {
+        let end = talk::call(&stage.client, "speak-and-read", to, 7001)?;
+        ensure!(end["error"] == "ConnectionResetError", "{to} resets, the client sees {end}");
         let listens = talk::serve(server, "listen-to-reset", 7002)?;
-        talk::call(&stage.client, "reset", server.v4(), 7002)?;
+        talk::call(&stage.client, "reset", to, 7002)?;
         let end = listens.line_with("end", 1)?;
-        ensure!(end["end"] == "reset", "the client resets, {} sees {end}", server.name());
+        ensure!(end["end"] == "reset", "the client resets, {to} sees {end}");
     }
     Ok(())
 }
@@ -169,15 +191,18 @@ pub(crate) fn half_closed_connections_go_on_in_the_other_direction() -> Result<O
 }
 
 fn half_close_both_ways(stage: &Stage) -> Result<()> {
-    for server in [&stage.near, &stage.far] {
+    for (server, to) in stage.targets() {
         let _answers = talk::serve(server, "answer-after-end", 7003)?;
-        let said = talk::call(&stage.client, "end-then-read", server.v4(), 7003)?;
-        ensure!(said["answer"]["count"] == 300_000, "{said}");
-        ensure!(said["answer"]["sha256"] == said["sent"], "{said}");
+        let said = talk::call(&stage.client, "end-then-read", to, 7003)?;
+        ensure!(said["answer"]["count"] == 300_000, "{to}: {said}");
+        ensure!(said["answer"]["sha256"] == said["sent"], "{to}: {said}");
         let ends = talk::serve(server, "end-first", 7004)?;
-        let said = talk::call(&stage.client, "read-to-end-then-speak", server.v6(), 7004)?;
+        let said = talk::call(&stage.client, "read-to-end-then-speak", to, 7004)?;
         let heard = ends.line_with("received", 1)?;
-        ensure!(said["heard"] == "all I have to say" && heard["sha256"] == said["sent"], "{said} {heard}");
+        ensure!(
+            said["heard"] == "all I have to say" && heard["sha256"] == said["sent"],
+            "{to}: {said} {heard}"
+        );
     }
     Ok(())
 }
@@ -185,12 +210,16 @@ fn half_close_both_ways(stage: &Stage) -> Result<()> {
 pub(crate) fn two_gibibytes_arrive_unchanged_both_ways() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
         let count = 2_u64 << 30;
-        let swaps = talk::serve(&stage.far, "swap", 7005)?;
-        let client = talk::call_with(&stage.client, "swap", stage.far.v4(), 7005, &[&count.to_string()])?;
-        let server = swaps.line_with("count", 1)?;
-        ensure!(client["sent"].is_string() && client["sent"] == server["received"], "{client} {server}");
-        ensure!(server["sent"].is_string() && server["sent"] == client["received"], "{client} {server}");
-        ensure!(client["end"] == "!", "{client}");
+        for (server, to) in
+            [(&stage.far, stage.far.v4().into()), (&stage.near, IpAddr::from(stage.near.v6()))]
+        {
+            let swaps = talk::serve(server, "swap", 7005)?;
+            let client = talk::call_with(&stage.client, "swap", to, 7005, &[&count.to_string()])?;
+            let server = swaps.line_with("count", 1)?;
+            ensure!(client["sent"].is_string() && client["sent"] == server["received"], "{client} {server}");
+            ensure!(server["sent"].is_string() && server["sent"] == client["received"], "{client} {server}");
+            ensure!(client["end"] == "!", "{client}");
+        }
         Ok(())
     })
 }

@@ -6,10 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::{Outcome, Stage, talk};
+use serde_json::Value;
 use testbed::load::{LoadReport, load};
-use testbed::{Node, Pod, PodSpec, Process, programs, wait};
+use testbed::{Capture, Node, Pod, PodSpec, Process, programs, wait};
 
 const LIMIT: Duration = Duration::from_secs(120);
+/// What a stream of iperf3 moves: more than all buffers on the way hold.
+const STREAM_BYTES: u64 = 4 << 20;
 
 pub(crate) fn five_thousand_http_connections_at_the_same_time_are_served() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
@@ -27,11 +30,52 @@ pub(crate) fn five_thousand_http_connections_at_the_same_time_are_served() -> Re
     })
 }
 
-pub(crate) fn a_thousand_tcp_connections_at_the_same_time_are_each_their_own() -> Result<Outcome> {
+pub(crate) fn five_thousand_tcp_connections_at_the_same_time_are_each_their_own() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
         let _echo = talk::serve(&stage.far, "echo", 7000)?;
-        let seen = talk::call_with(&stage.client, "many", stage.far.v4(), 7000, &["1000"])?;
-        ensure!(seen["good"] == 1000, "{seen}");
+        let seen = talk::call_with(&stage.client, "many", stage.far.v4(), 7000, &["5000"])?;
+        ensure!(seen["good"] == 5000, "{seen}");
+        Ok(())
+    })
+}
+
+pub(crate) fn iperf3_moves_its_streams_in_every_direction() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        testbed::mesh::need(&[("iperf3", "iperf3")])?;
+        let serve = |pod: &Pod| -> Result<Process> {
+            let mut process = pod.launch("iperf3").args(["--server", "--port", "5201"]).spawn()?;
+            process.wait_for_port(5201, LIMIT)?;
+            Ok(process)
+        };
+        let _servers = [serve(&stage.near)?, serve(&stage.far)?];
+        let capture = Capture::start(&stage.mesh, 1, 2)?;
+        for (_, to) in stage.targets() {
+            for (direction, sums) in [
+                (&[][..], &["sum_received"][..]),
+                (&["--reverse"], &["sum_received"]),
+                (&["--bidir"], &["sum_received", "sum_received_bidir_reverse"]),
+            ] {
+                for (streams, bytes) in [(1, STREAM_BYTES), (4, 4 * STREAM_BYTES)] {
+                    let iperf3 = stage.client.launch("iperf3").args(["--client", &to.to_string(), "--json"]);
+                    let size = ["--parallel", &streams.to_string(), "--bytes", &bytes.to_string()];
+                    let out = iperf3.args(size).args(direction).output()?;
+                    let report: Value = serde_json::from_str(&out.text())?;
+                    let what = format!("{streams} streams to {to} {direction:?}");
+                    ensure!(out.status.success() && report["error"].is_null(), "{what}: {}", report["error"]);
+                    let open = report["start"]["connected"].as_array().map_or(0, Vec::len);
+                    ensure!(open == streams * sums.len(), "{what}: {open} connections");
+                    for sum in sums {
+                        let moved = report["end"][sum]["bytes"].as_u64().unwrap_or_default();
+                        ensure!(
+                            moved > 0 && (sums.len() > 1 || moved >= bytes / 2),
+                            "{what}: {sum} {moved} of {bytes}"
+                        );
+                    }
+                }
+            }
+        }
+        let seen = capture.finish()?;
+        ensure!(seen.bytes_off_port(15008) == 0, "TCP went past the tunnel");
         Ok(())
     })
 }
