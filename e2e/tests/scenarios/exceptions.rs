@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::{Outcome, Stage, addresses, talk};
 use serde_json::Value;
 use testbed::{Capture, Pod, PodSpec, programs, wait};
@@ -203,11 +203,12 @@ pub(crate) fn probes_of_the_node_itself_reach_a_strict_pod_and_those_who_pretend
 /// connects from there.
 fn pretend(stage: &Stage, pod: &Pod, as_node: &str, to: IpAddr) -> Result<()> {
     let stranger = &stage.stranger;
-    let mac = stranger.launch("cat").arg("/sys/class/net/eth0/address").output()?.ok()?;
+    let link = stranger.launch("ip").args(["-brief", "link", "show", "dev", "eth0"]).output()?.ok()?;
+    let mac = link.split_whitespace().nth(2).context("ip shows no hardware address")?;
     let ip = |pod: &Pod, args: &[&str]| pod.launch("ip").args(args).output()?.ok().map(drop);
     let bits = if to.is_ipv4() { 32 } else { 128 };
     ip(stranger, &["address", "add", &format!("{as_node}/{bits}"), "dev", "lo"])?;
-    ip(pod, &["neigh", "replace", as_node, "lladdr", mac.trim(), "dev", "eth0", "nud", "permanent"])?;
+    ip(pod, &["neigh", "replace", as_node, "lladdr", mac, "dev", "eth0", "nud", "permanent"])?;
     let before = plain_refusals(stage)?;
     let ncat = stranger.launch("ncat").args(["-s", as_node]).arg(to.to_string()).arg("7000").stdin("ping");
     let end = ncat.output()?;

@@ -63,19 +63,23 @@ pub(crate) fn databases_work_through_the_mesh() -> Result<Outcome> {
 pub(crate) fn ncat_talks_to_ncat_through_the_mesh() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
         let capture = Capture::start(&stage.mesh, 1, 2)?;
-        let listen = |pod: &Pod| -> Result<Process> {
-            let ncat = pod.launch("ncat").args(["--listen", "--keep-open", "--exec", "/bin/cat", "7000"]);
-            let mut process = ncat.spawn()?;
+        let text = format!("{CANARY} and on it goes\n").repeat(20_000);
+        let file = stage.client.dir().join("text");
+        std::fs::write(&file, &text)?;
+        // Each listener takes one connection and ends with it.
+        let listen = |pod: &Pod, script: &str| -> Result<Process> {
+            let mut process = pod.launch("sh").args(["-c", script, "sh"]).arg(&file).label("ncat").spawn()?;
             process.wait_for_port(7000, LIMIT)?;
             Ok(process)
         };
-        let _servers = [listen(&stage.near)?, listen(&stage.far)?];
-        let text = format!("{CANARY} and on it goes\n").repeat(20_000);
-        for (_, to) in stage.targets() {
-            // The end of its input is the client's half-close; cat has then said all and ends, too.
-            let ncat = stage.client.launch("ncat").arg(to.to_string()).arg("7000").stdin(text.as_str());
-            let answer = ncat.output()?.ok()?;
-            ensure!(answer == text, "{to} sent {} bytes back of {}", answer.len(), text.len());
+        for (server, to) in stage.targets() {
+            let ncat = |how: &str| stage.client.launch("ncat").args([how, &to.to_string(), "7000"]);
+            let mut takes = listen(server, "exec ncat --listen --recv-only 7000")?;
+            ncat("--send-only").stdin(text.as_str()).output()?.ok()?;
+            ensure!(takes.wait(LIMIT)?.success() && takes.log()? == text, "{to} did not get what was sent");
+            let mut gives = listen(server, "exec ncat --listen --send-only 7000 < \"$1\"")?;
+            ensure!(ncat("--recv-only").output()?.ok()? == text, "{to} sent something else");
+            ensure!(gives.wait(LIMIT)?.success(), "{to}: {}", gives.log()?);
         }
         let seen = capture.finish()?;
         ensure!(seen.canary_bytes(CANARY) == 0 && seen.bytes_off_port(15008) == 0, "plain text on the wire");
