@@ -45,7 +45,7 @@ const APPLICATION_RECEIVES: Option<Direction> = Some(Direction::ToApplication);
 const APPLICATION_SENDS: Option<Direction> = Some(Direction::ToWorker);
 
 /// Cheap ones and known faults first.
-const CHECKS: [Check; 16] = [
+const CHECKS: [Check; 17] = [
     Check { name: "first byte", receiver: ANY, body: takes_its_way },
     Check { name: "FIONREAD", receiver: APPLICATION_RECEIVES, body: counts_what_waits },
     Check { name: "MSG_PEEK", receiver: ANY, body: peeks },
@@ -60,6 +60,7 @@ const CHECKS: [Check; 16] = [
     Check { name: "half-close by the receiver", receiver: ANY, body: receives_after_its_own_end },
     Check { name: "reset", receiver: ANY, body: sees_a_reset_after_the_last_byte },
     Check { name: "close with unread bytes", receiver: ANY, body: tells_that_bytes_were_not_read },
+    Check { name: "blocking read", receiver: APPLICATION_RECEIVES, body: waits_for_each_byte },
     Check { name: "back-pressure", receiver: ANY, body: stops_a_sender_that_nobody_reads },
     Check { name: "order", receiver: ANY, body: carries_both_ways_at_once },
 ];
@@ -91,7 +92,7 @@ fn tried<T>(what: &str, outcome: Result<T, impl Into<io::Error>>) -> Result<T, S
     outcome.map_err(|error| {
         let error: io::Error = error.into();
         match error.kind() {
-            io::ErrorKind::WouldBlock => format!("{what}: nothing within {PATIENCE:?}"),
+            io::ErrorKind::WouldBlock => format!("{what}: EAGAIN from a blocking call whose limit is {PATIENCE:?}"),
             _ => format!("{what}: {error}"),
         }
     })
@@ -159,6 +160,8 @@ fn peeks(flow: Flow<'_>) -> Result<(), String> {
 fn splices(flow: Flow<'_>) -> Result<(), String> {
     flow.send(&[7; 1000])?;
     flow.await_bytes()?;
+    // It is the socket that says whether to wait, not the call's flag.
+    tried("set non-blocking", flow.receiver.set_nonblocking(true))?;
     let (_read, write) = tried("make a pipe", rustix::pipe::pipe_with(PipeFlags::CLOEXEC))?;
     let moved = rustix::pipe::splice(&flow.receiver, None, &write, None, 1000, SpliceFlags::NONBLOCK);
     match moved {
@@ -307,6 +310,30 @@ fn tells_that_bytes_were_not_read(flow: Flow<'_>) -> Result<(), String> {
         Err(error) => Err(format!("the sender sees another error: {error}")),
         Ok(_) => Err("the sender sees an orderly end instead of a reset".to_owned()),
     }
+}
+
+/// Enough for a wake-up that finds nothing, which a blocking read must not end with.
+const TURNS: usize = 5000;
+
+fn waits_for_each_byte(flow: Flow<'_>) -> Result<(), String> {
+    let (mut sender, mut receiver) = (&flow.sender, &flow.receiver);
+    thread::scope(|scope| {
+        let echo = scope.spawn(move || -> Result<(), String> {
+            let mut byte = [0];
+            for turn in 1..=TURNS {
+                let got = tried("read", receiver.read(&mut byte))?;
+                ensure(got == 1, || format!("the stream ends at byte {turn}"))?;
+                tried("answer", receiver.write_all(&byte))?;
+            }
+            Ok(())
+        });
+        let asked = (0..TURNS).try_for_each(|_| {
+            tried("send", sender.write_all(b"x"))?;
+            tried("receive the answer", sender.read_exact(&mut [0]))
+        });
+        let echoed = echo.join().unwrap_or_else(|_| Err("a thread panicked".to_owned()));
+        echoed.and(asked)
+    })
 }
 
 /// Far more than both buffers hold.
