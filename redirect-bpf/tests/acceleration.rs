@@ -1,5 +1,6 @@
 //! What is handed over without TCP: whole and in order, decided by the first byte, and only where it may be.
 #![allow(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "what cannot be set up fails its test")]
 mod support;
 
 use std::{
