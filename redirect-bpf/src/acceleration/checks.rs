@@ -92,7 +92,9 @@ fn tried<T>(what: &str, outcome: Result<T, impl Into<io::Error>>) -> Result<T, S
     outcome.map_err(|error| {
         let error: io::Error = error.into();
         match error.kind() {
-            io::ErrorKind::WouldBlock => format!("{what}: EAGAIN from a blocking call whose limit is {PATIENCE:?}"),
+            io::ErrorKind::WouldBlock => {
+                format!("{what}: EAGAIN from a blocking call whose limit is {PATIENCE:?}")
+            }
             _ => format!("{what}: {error}"),
         }
     })
