@@ -60,7 +60,12 @@ fn send_pattern(mut socket: &TcpStream, length: usize) {
 fn receive_pattern(mut socket: &TcpStream, length: usize) {
     let (mut got, mut buffer) = (0, vec![0; 65_537]);
     loop {
-        let read = socket.read(&mut buffer).unwrap();
+        let read = match socket.read(&mut buffer) {
+            Ok(read) => read,
+            // Linux 6.18 ends blocking reads of such sockets early at times. The self-test is for that, this is not.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => continue,
+            Err(error) => panic!("{error}"),
+        };
         if read == 0 {
             assert_eq!(got, length, "the stream ended early or late");
             return;
