@@ -14,7 +14,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
 use mesh_api::model::AppProtocol;
@@ -317,7 +317,8 @@ fn poll_answer<S: AsyncRead + Unpin>(
 ) -> Poll<Result<(), DialError>> {
     let mut byte = [0];
     let mut buf = ReadBuf::new(&mut byte);
-    Pin::new(upstream).poll_read(cx, &mut buf).map(|read| match (read, buf.filled()) {
+    let read = ready!(Pin::new(upstream).poll_read(cx, &mut buf));
+    Poll::Ready(match (read, buf.filled()) {
         (Ok(()), [code, ..]) => answer::read(*code).map_err(|failure| DialError::Far(destination, failure)),
         (Ok(()), []) => Err(DialError::Unanswered(destination, io::ErrorKind::UnexpectedEof.into())),
         (Err(e), _) => Err(DialError::Unanswered(destination, e)),
