@@ -20,6 +20,8 @@ use crate::ipc::proto::{DropKey, to_keyd::Message};
 use crate::keyd::test_agent::{Agent, Keyd};
 use crate::tls::verifier::VerifyServer;
 
+mod tunnels;
+
 const HOUR: Duration = Duration::from_secs(3600);
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 const DB: &str = "spiffe://cluster.local/ns/shop/sa/db";

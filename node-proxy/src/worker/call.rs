@@ -296,7 +296,7 @@ impl OutboundCall {
                 if let Some(picked) = &mut chosen.picked {
                     picked.connected();
                 }
-                self.born.set(Instant::now());
+                self.born.set(upstream.stream.born());
                 Ok(upstream)
             }
             Err(e) => {

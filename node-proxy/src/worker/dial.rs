@@ -15,7 +15,7 @@ use super::http::{H1Upstream, LocalReply};
 use super::io::Stream;
 use super::mesh::WorkloadEntry;
 use super::pods::LocalPod;
-use super::pool::WayKind;
+use super::pool::{MuxCheckout, MuxDialed, MuxKey, WayKind};
 use super::read_ahead::ReadAhead;
 use super::reason::{Reason, Reasons};
 use super::resilience::pod::OverBudget;
@@ -27,6 +27,7 @@ use super::tunnel::answer::Failure;
 use super::tunnel::hbone::client::{self as hbone_client, HboneError};
 use super::tunnel::hbone::{ConnectRequest, HboneStream};
 use super::tunnel::header::{ALPN, TunnelHeader};
+use super::tunnel::mux;
 use crate::config::SameNodeMtls;
 use crate::tls::Refusal;
 
@@ -138,6 +139,9 @@ pub enum DialError {
     /// The pod is on this node and used up its share of the proxy.
     #[error("{0} takes no more connections: {1}")]
     OverBudget(SocketAddr, OverBudget),
+    /// What came of a dial that several waited for.
+    #[error("{0}")]
+    Joined(Arc<DialError>),
     /// The tunnel target would be the tunnel itself.
     #[error("{0} is the mesh's own port")]
     OwnPort(SocketAddr),
@@ -155,6 +159,7 @@ impl DialError {
             Self::Far(_, failure) => failure.reason(),
             Self::Unanswered(..) => Reason::UpstreamTermination,
             Self::OverBudget(..) => Reason::UpstreamOverflow,
+            Self::Joined(error) => error.reason(),
             Self::OwnPort(_) => Reason::NoRoute,
         }
     }
@@ -170,6 +175,7 @@ impl DialError {
             | Self::OverBudget(..) => true,
             Self::Far(_, failure) => failure.is_endpoints(),
             Self::Tls(_, refusal) => !matches!(refusal, Refusal::Signing(_) | Refusal::NoTrust),
+            Self::Joined(error) => error.is_endpoints(),
             Self::Socket(..) | Self::NoCertificate(..) | Self::OwnPort(_) => false,
         }
     }
@@ -223,7 +229,7 @@ async fn tls(
     pod: &LocalPod,
     workload: &WorkloadEntry,
     destination: SocketAddr,
-    alpn: &'static [u8],
+    alpn: &[&[u8]],
 ) -> Result<Box<TlsStream<ReadAhead<TcpStream>>>, DialError> {
     if destination.port() == TUNNEL_PORT {
         return Err(DialError::OwnPort(destination));
@@ -232,7 +238,7 @@ async fn tls(
         .identity
         .as_ref()
         .ok_or(Refusal::NoTrust)
-        .and_then(|expected| shared.tls.connector(&pod.uid, expected, &[alpn]))
+        .and_then(|expected| shared.tls.connector(&pod.uid, expected, alpn))
         .map_err(|e| DialError::NoCertificate(Arc::clone(&pod.uid), e))?;
     let tunnel = SocketAddr::new(destination.ip(), TUNNEL_PORT);
     let stream = tcp(shared, pod, tunnel, None).await?;
@@ -297,8 +303,12 @@ pub async fn connect(
         }
         Way::Plain(_) => Stream::Plain(tcp(shared, source, destination, None).await?),
         Way::Native(workload) => {
-            purpose.header().encode(&mut preface);
-            Stream::Tls(tls(shared, source, workload, destination, ALPN).await?)
+            let header = purpose.header();
+            // Requests come in crowds and are small; whatever else there is has a connection of its own.
+            match purpose.protocol {
+                AppProtocol::Http1 => shared_tunnel(thread, source, workload, &header, &mut preface).await?,
+                _ => tunnel(shared, source, workload, &header, &mut preface).await?,
+            }
         }
         Way::Hbone(workload) => {
             let timeouts = &shared.settings.timeouts;
@@ -310,6 +320,79 @@ pub async fn connect(
         }
     };
     Ok(H1Upstream { stream, read_buf: BytesMut::new(), preface, reused: false })
+}
+
+/// A connection that is one native tunnel; its header goes into `preface`.
+async fn tunnel(
+    shared: &Shared,
+    source: &LocalPod,
+    workload: &WorkloadEntry,
+    header: &TunnelHeader,
+    preface: &mut BytesMut,
+) -> Result<Stream, DialError> {
+    let stream = tls(shared, source, workload, header.destination, &[ALPN]).await?;
+    header.encode(preface);
+    Ok(Stream::Tls(stream))
+}
+
+/// A native tunnel on a connection that the two pods have for many, which is made if there is none with room. A peer that
+/// does not know them agrees on a tunnel of its own for each connection.
+async fn shared_tunnel(
+    thread: &Rc<Thread>,
+    source: &LocalPod,
+    workload: &WorkloadEntry,
+    header: &TunnelHeader,
+    preface: &mut BytesMut,
+) -> Result<Stream, DialError> {
+    let destination = header.destination;
+    let key = (Arc::clone(&source.uid), Arc::clone(&workload.workload.uid), destination.ip());
+    loop {
+        match thread.pools.open_mux(&key, header) {
+            MuxCheckout::Ready(stream) => return Ok(Stream::Mux(stream)),
+            MuxCheckout::Plain => return tunnel(&thread.shared, source, workload, header, preface).await,
+            MuxCheckout::Wait(dial) => {
+                if let Some(error) = dial.wait().await {
+                    return Err(DialError::Joined(error));
+                }
+            }
+            MuxCheckout::Dial => break,
+        }
+    }
+    let mut dialing = MuxDialing { thread, key: &key, dialed: MuxDialed::Failed(None) };
+    let mut stream = match tls(&thread.shared, source, workload, destination, &[mux::ALPN, ALPN]).await {
+        Ok(stream) => stream,
+        Err(error) => {
+            let error = Arc::new(error);
+            dialing.dialed = MuxDialed::Failed(Some(Arc::clone(&error)));
+            return Err(DialError::Joined(error));
+        }
+    };
+    if stream.get_ref().1.alpn_protocol() != Some(mux::ALPN) {
+        dialing.dialed = MuxDialed::Plain;
+        header.encode(preface);
+        return Ok(Stream::Tls(stream));
+    }
+    if let TlsStream::Client(client) = &mut *stream {
+        client.get_mut().1.set_buffer_limit(Some(mux::TLS_BUFFER));
+    }
+    let connection = mux::client::connect(Stream::Tls(stream));
+    let opened = connection.open(header).expect("a connection without streams has room");
+    dialing.dialed = MuxDialed::Made(connection);
+    Ok(Stream::Mux(opened))
+}
+
+/// Tells those who wait for a dial how it went, also when the one who dialled was cancelled.
+struct MuxDialing<'a> {
+    thread: &'a Thread,
+    key: &'a MuxKey,
+    dialed: MuxDialed,
+}
+
+impl Drop for MuxDialing<'_> {
+    fn drop(&mut self) {
+        let dialed = std::mem::replace(&mut self.dialed, MuxDialed::Failed(None));
+        self.thread.pools.mux_dialed(self.key, dialed);
+    }
 }
 
 /// A stream of the HBONE connection between two pods, which is made if there is none. A connection that takes no more
@@ -331,7 +414,7 @@ async fn hbone(
             opened => return opened.map_err(refused),
         }
     }
-    let stream = tls(&thread.shared, source, workload, destination, HBONE_ALPN).await?;
+    let stream = tls(&thread.shared, source, workload, destination, &[HBONE_ALPN]).await?;
     let connection = hbone_client::connect(Stream::Tls(stream))
         .await
         .map_err(|error| refused(HboneError::Connection { refused: false, error }))?;

@@ -39,6 +39,7 @@ use super::tunnel::answer;
 use super::tunnel::hbone;
 use super::tunnel::hbone::server::{Incoming, TunnelEnd};
 use super::tunnel::header::{self, TunnelHeader};
+use super::tunnel::mux::{self, MuxStream};
 
 /// What one connection to a pod is about.
 pub struct Inbound {
@@ -244,7 +245,7 @@ async fn tunnel(
         let what = "the pod has as many handshakes under way as it may";
         return refuse(thread, pod, stream, peer, Reason::OverBudget, what);
     };
-    let acceptor = match shared.tls.acceptor(&pod.uid, &[header::ALPN, HBONE_ALPN]) {
+    let acceptor = match shared.tls.acceptor(&pod.uid, &[mux::ALPN, header::ALPN, HBONE_ALPN]) {
         Ok(acceptor) => acceptor,
         Err(refusal) => {
             return refuse(thread, pod, stream, peer, Reason::NoCertificate, &refusal.to_string());
@@ -253,7 +254,7 @@ async fn tunnel(
     let begun = std::time::Instant::now();
     let accepted = timeout(shared.settings.timeouts.handshake, acceptor.accept(ReadAhead::new(stream))).await;
     drop(permit);
-    let (stream, proven) = match accepted {
+    let (mut stream, proven) = match accepted {
         Ok(Ok(done)) => done,
         Ok(Err(refusal)) => {
             let reason = if refusal.is_identity() { Reason::IdentityMismatch } else { Reason::TlsFailure };
@@ -273,7 +274,10 @@ async fn tunnel(
         }
     };
     shared.metrics.handshake(Side::Server, begun.elapsed(), None);
-    let alpn_is_native = stream.get_ref().1.alpn_protocol() == Some(header::ALPN);
+    let alpn = stream.get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
+    if alpn.as_deref() == Some(mux::ALPN) {
+        stream.get_mut().1.set_buffer_limit(Some(mux::TLS_BUFFER));
+    }
     let stream = Stream::Tls(Box::new(tokio_rustls::TlsStream::Server(stream)));
     let (workload, owner) = match shared.mesh.state() {
         Ok(mesh) => (proven.pod_uid.as_deref().and_then(|uid| mesh.by_uid(uid)), mesh.by_address(peer.ip())),
@@ -295,7 +299,12 @@ async fn tunnel(
         address: peer,
         local,
     };
-    if alpn_is_native { tunnel.native(stream).await } else { tunnel.hbone(stream).await }
+    match alpn.as_deref() {
+        Some(mux::ALPN) => tunnel.mux(stream).await,
+        Some(header::ALPN) => tunnel.native(stream).await,
+        // The last of those that were offered.
+        _ => tunnel.hbone(stream).await,
+    }
 }
 
 /// An authenticated tunnel connection.
@@ -310,7 +319,7 @@ struct Tunnel {
 
 impl Tunnel {
     /// The one connection that a native tunnel carries.
-    async fn native(self, mut stream: Stream) {
+    async fn native(&self, mut stream: Stream) {
         let refuse =
             |stream, reason, what: &str| refuse(&self.thread, &self.pod, stream, self.address, reason, what);
         let mut read = BytesMut::with_capacity(2048);
@@ -345,6 +354,33 @@ impl Tunnel {
                 answer::failed(stream, reason.into()).await;
             }
             Err((reason, what)) => refuse(stream, reason, what),
+        }
+    }
+
+    /// All the native tunnels of a connection.
+    async fn mux(self, stream: Stream) {
+        let mut life = self.pod.watch();
+        let drained = async move { pods::drained(&mut life).await };
+        let tunnel = Rc::new(self);
+        let handle = |stream: MuxStream| {
+            let tunnel = Rc::clone(&tunnel);
+            tokio::task::spawn_local(async move {
+                let Ok(_permit) = tunnel.pod.budget.connection() else {
+                    let what = "the pod has as many connections as it may";
+                    return refuse(
+                        &tunnel.thread,
+                        &tunnel.pod,
+                        stream,
+                        tunnel.address,
+                        Reason::OverBudget,
+                        what,
+                    );
+                };
+                tunnel.native(Stream::Mux(stream)).await;
+            });
+        };
+        if let Err(error) = mux::server::serve(stream, handle, drained).await {
+            tracing::debug!(pod = %tunnel.pod.uid, peer = %tunnel.address, %error, "tunnel connection ended");
         }
     }
 

@@ -8,10 +8,12 @@ use std::time::Duration;
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 use tokio_rustls::TlsStream;
 
 use super::read_ahead::ReadAhead;
 use super::tunnel::hbone::HboneStream;
+use super::tunnel::mux::MuxStream;
 
 /// A byte stream whose end can be told apart: a clean end of one direction is `poll_read` giving 0 bytes or
 /// `poll_shutdown`; anything else is an error, and [`Transport::abort`] makes the peer see one.
@@ -39,6 +41,18 @@ pub enum Stream {
     Tls(Box<TlsStream<ReadAhead<TcpStream>>>),
     /// One stream of an HBONE tunnel.
     Hbone(Box<HboneStream>),
+    /// A native tunnel that shares its connection with others.
+    Mux(MuxStream),
+}
+
+impl Stream {
+    /// When the connection to the peer was made, for a stream that was made just now.
+    pub fn born(&self) -> Instant {
+        match self {
+            Self::Mux(s) => s.born(),
+            Self::Plain(_) | Self::Tls(_) | Self::Hbone(_) => Instant::now(),
+        }
+    }
 }
 
 impl Transport for Stream {
@@ -48,6 +62,7 @@ impl Transport for Stream {
             // A TCP reset under TLS: the peer sees the connection fail without close_notify.
             Self::Tls(s) => s.get_mut().0.abort(),
             Self::Hbone(s) => s.abort(),
+            Self::Mux(s) => s.abort(),
         }
     }
 }
@@ -58,6 +73,7 @@ impl AsyncRead for Stream {
             Self::Plain(s) => Pin::new(s).poll_read(cx, buf),
             Self::Tls(s) => Pin::new(s).poll_read(cx, buf),
             Self::Hbone(s) => Pin::new(s).poll_read(cx, buf),
+            Self::Mux(s) => Pin::new(s).poll_read(cx, buf),
         }
     }
 }
@@ -68,6 +84,7 @@ impl AsyncWrite for Stream {
             Self::Plain(s) => Pin::new(s).poll_write(cx, buf),
             Self::Tls(s) => Pin::new(s).poll_write(cx, buf),
             Self::Hbone(s) => Pin::new(s).poll_write(cx, buf),
+            Self::Mux(s) => Pin::new(s).poll_write(cx, buf),
         }
     }
 
@@ -80,6 +97,7 @@ impl AsyncWrite for Stream {
             Self::Plain(s) => Pin::new(s).poll_write_vectored(cx, bufs),
             Self::Tls(s) => Pin::new(s).poll_write_vectored(cx, bufs),
             Self::Hbone(s) => Pin::new(s).poll_write_vectored(cx, bufs),
+            Self::Mux(s) => Pin::new(s).poll_write_vectored(cx, bufs),
         }
     }
 
@@ -88,6 +106,7 @@ impl AsyncWrite for Stream {
             Self::Plain(s) => s.is_write_vectored(),
             Self::Tls(s) => s.is_write_vectored(),
             Self::Hbone(s) => s.is_write_vectored(),
+            Self::Mux(s) => s.is_write_vectored(),
         }
     }
 
@@ -96,6 +115,7 @@ impl AsyncWrite for Stream {
             Self::Plain(s) => Pin::new(s).poll_flush(cx),
             Self::Tls(s) => Pin::new(s).poll_flush(cx),
             Self::Hbone(s) => Pin::new(s).poll_flush(cx),
+            Self::Mux(s) => Pin::new(s).poll_flush(cx),
         }
     }
 
@@ -104,6 +124,7 @@ impl AsyncWrite for Stream {
             Self::Plain(s) => Pin::new(s).poll_shutdown(cx),
             Self::Tls(s) => Pin::new(s).poll_shutdown(cx),
             Self::Hbone(s) => Pin::new(s).poll_shutdown(cx),
+            Self::Mux(s) => Pin::new(s).poll_shutdown(cx),
         }
     }
 }

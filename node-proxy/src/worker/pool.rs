@@ -6,7 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -18,10 +18,14 @@ use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::dial::DialError;
 use super::http::{self, H1Upstream, HttpLimits, LocalReply};
 use super::io::{Prefixed, Stream};
 use super::shared::Shared;
 use super::tunnel::hbone::client::HboneConnection;
+use super::tunnel::header::TunnelHeader;
+use super::tunnel::mux::MuxStream;
+use super::tunnel::mux::client::MuxConnection;
 
 /// What a pooled connection is for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -88,22 +92,27 @@ struct H2Pool {
 }
 
 /// A dial that several calls wait for.
-#[derive(Default)]
-pub struct Dial {
+pub struct Dial<E = LocalReply> {
     ended: Notify,
-    failed: RefCell<Option<LocalReply>>,
+    failed: RefCell<Option<E>>,
 }
 
-impl Dial {
-    /// Waits for its end; the reply when it failed, which is every waiter's answer: dialling again for each in turn would
+impl<E> Default for Dial<E> {
+    fn default() -> Self {
+        Self { ended: Notify::new(), failed: RefCell::new(None) }
+    }
+}
+
+impl<E: Clone> Dial<E> {
+    /// Waits for its end; the error when it failed, which is every waiter's answer: dialling again for each in turn would
     /// add their waits up.
-    pub async fn wait(&self) -> Option<LocalReply> {
+    pub async fn wait(&self) -> Option<E> {
         self.ended.notified().await;
         self.failed.borrow().clone()
     }
 
     /// Ends it.
-    pub fn end(&self, failed: Option<LocalReply>) {
+    pub fn end(&self, failed: Option<E>) {
         *self.failed.borrow_mut() = failed;
         self.ended.notify_waiters();
     }
@@ -167,6 +176,47 @@ pub enum H2Checkout {
 /// A multiplexed connection and what is known of it.
 pub type H2Made = (h2::client::SendRequest<Bytes>, Rc<H2State>);
 
+/// Whom a multiplexed tunnel joins: UIDs of source and destination, and the address that the connection is made to,
+/// which decides the family of the source's.
+pub type MuxKey = (Arc<str>, Arc<str>, IpAddr);
+
+/// How a dial for multiplexed tunnels went.
+pub enum MuxDialed {
+    /// The connection.
+    Made(MuxConnection),
+    /// The peer takes one tunnel on each connection.
+    Plain,
+    /// No connection; no error if the dial was given up.
+    Failed(Option<Arc<DialError>>),
+}
+
+/// What came of asking for a multiplexed tunnel.
+pub enum MuxCheckout {
+    /// Use this.
+    Ready(MuxStream),
+    /// Make a connection, and tell [`Pools::mux_dialed`] how it went.
+    Dial,
+    /// Someone else is making one: ask again after this.
+    Wait(Rc<Dial<Arc<DialError>>>),
+    /// The peer takes one tunnel on each connection.
+    Plain,
+}
+
+#[derive(Default)]
+struct MuxPool {
+    connections: Vec<MuxConnection>,
+    dialing: Option<Rc<Dial<Arc<DialError>>>>,
+    plain_since: Option<Instant>,
+}
+
+impl MuxPool {
+    /// Lets go of connections that are not to get more streams; those that they have go on.
+    fn tidy(&mut self, idle: Duration) {
+        let takes_more = |c: &MuxConnection| c.is_open() && c.age() < MAX_AGE && c.idle() < idle;
+        self.connections.retain(takes_more);
+    }
+}
+
 /// UIDs of source and destination.
 type PodPair = (Arc<str>, Arc<str>);
 
@@ -175,6 +225,7 @@ pub struct Pools {
     h1: RefCell<HashMap<Key, Vec<Idle>>>,
     h2: RefCell<HashMap<Key, H2Pool>>,
     hbone: RefCell<HashMap<PodPair, Rc<HboneConnection>>>,
+    mux: RefCell<HashMap<MuxKey, MuxPool>>,
     shared: Arc<Shared>,
     idle: Duration,
     per_endpoint: usize,
@@ -189,6 +240,7 @@ impl Pools {
             h1: RefCell::default(),
             h2: RefCell::default(),
             hbone: RefCell::default(),
+            mux: RefCell::default(),
             idle: settings.timeouts.pool_idle,
             per_endpoint: settings.limits.pool_per_endpoint as usize,
         }
@@ -272,12 +324,54 @@ impl Pools {
         self.hbone.borrow_mut().insert((source, destination), connection);
     }
 
+    /// A tunnel on a connection that is there already.
+    pub fn open_mux(&self, key: &MuxKey, header: &TunnelHeader) -> MuxCheckout {
+        let mut pools = self.mux.borrow_mut();
+        let slot = pools.entry(key.clone()).or_default();
+        slot.tidy(self.idle);
+        if let Some(stream) = slot.connections.iter().find_map(|c| c.open(header)) {
+            return MuxCheckout::Ready(stream);
+        }
+        if slot.plain_since.is_some_and(|since| since.elapsed() < MAX_AGE) {
+            return MuxCheckout::Plain;
+        }
+        if let Some(dialing) = &slot.dialing {
+            return MuxCheckout::Wait(Rc::clone(dialing));
+        }
+        slot.dialing = Some(Rc::default());
+        MuxCheckout::Dial
+    }
+
+    /// Ends a dial that [`Self::open_mux`] asked for.
+    pub fn mux_dialed(&self, key: &MuxKey, dialed: MuxDialed) {
+        let mut pools = self.mux.borrow_mut();
+        let slot = pools.entry(key.clone()).or_default();
+        slot.plain_since = None;
+        let failed = match dialed {
+            MuxDialed::Made(connection) => {
+                slot.connections.push(connection);
+                None
+            }
+            MuxDialed::Plain => {
+                slot.plain_since = Some(Instant::now());
+                None
+            }
+            MuxDialed::Failed(error) => error,
+        };
+        if let Some(dialing) = slot.dialing.take() {
+            dialing.end(failed);
+        }
+    }
+
     /// Closes what a pod left behind, as source and as destination.
     pub fn forget(&self, uid: &str) {
         let other = |key: &Key| &*key.source != uid && key.workload.as_deref() != Some(uid);
         self.h1.borrow_mut().retain(|key, _| other(key));
         self.h2.borrow_mut().retain(|key, slot| slot.dialing.is_some() || other(key));
         self.hbone.borrow_mut().retain(|(s, d), _| &**s != uid && &**d != uid);
+        self.mux
+            .borrow_mut()
+            .retain(|(s, d, _), slot| slot.dialing.is_some() || (&**s != uid && &**d != uid));
     }
 
     /// Closes idle connections that the peer closed, or that are too old.
@@ -298,6 +392,11 @@ impl Pools {
             });
             // A full one is no longer offered; its streams keep it alive.
             self.hbone.borrow_mut().retain(|_, c| c.has_room());
+            self.mux.borrow_mut().retain(|_, slot| {
+                slot.tidy(self.idle);
+                let plain = slot.plain_since.is_some_and(|since| since.elapsed() < MAX_AGE);
+                !slot.connections.is_empty() || slot.dialing.is_some() || plain
+            });
         }
     }
 }

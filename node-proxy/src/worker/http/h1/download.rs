@@ -119,8 +119,12 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
             let size = self.limits.read_buffer;
             match ready!(poll_fill(&mut upstream.stream, &mut upstream.read_buf, size, cx)) {
                 Ok(n) if n > 0 => self.moved = Instant::now(),
-                _ => {
+                ended => {
                     let untouched = upstream.read_buf.is_empty() && interim.count == 0;
+                    // A connected stream has this only from a tunnel whose far side did not look at it.
+                    if untouched && ended.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused) {
+                        return failed(UpstreamFailure::Refused);
+                    }
                     let reused = upstream.reused && untouched;
                     return failed(UpstreamFailure::Reset { reused, request_sent: upload.sent > 0 });
                 }

@@ -165,6 +165,21 @@ fn a_reused_connection_that_closes_on_a_request_is_told_from_a_failure() {
 }
 
 #[test]
+fn a_tunnel_that_the_far_side_did_not_look_at_is_told_from_a_reset() {
+    world(|mut w| async move {
+        let (mut first, mut second) = (w.upstream(), w.upstream());
+        w.script.retries.set(1);
+        w.client.send(POST).await;
+        first.expect(POST).await;
+        first.refuse();
+        second.expect(POST).await;
+        second.send(OK).await;
+        w.client.expect(OK).await;
+        assert_eq!(w.events()[1], "Refused replay=true");
+    });
+}
+
+#[test]
 fn a_retry_sends_what_was_held_and_then_the_rest() {
     world(|mut w| async move {
         let (mut first, mut second) = (w.upstream(), w.upstream());

@@ -17,6 +17,7 @@ struct Half {
     capacity: usize,
     ended: bool,
     reset: bool,
+    refused: bool,
     writes: usize,
     reader: Option<Waker>,
     writer: Option<Waker>,
@@ -58,6 +59,12 @@ impl Pipe {
 
     pub(super) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.write_all(bytes.as_ref()).await.expect("the other end takes it");
+    }
+
+    /// Ends as a tunnel whose far side did not look at it.
+    pub(super) fn refuse(mut self) {
+        self.outgoing.borrow_mut().refused = true;
+        self.aborted = true;
     }
 
     /// Ends this direction.
@@ -111,7 +118,10 @@ impl AsyncRead for Pipe {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut half = self.incoming.borrow_mut();
         if half.reset {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+            let refused = half.refused;
+            let kind =
+                if refused { io::ErrorKind::ConnectionRefused } else { io::ErrorKind::ConnectionReset };
+            return Poll::Ready(Err(kind.into()));
         }
         if half.bytes.is_empty() && !half.ended {
             half.reader = Some(cx.waker().clone());
