@@ -28,8 +28,9 @@ fn on_worker<T: 'static>(test: impl Future<Output = T> + 'static) -> T {
         .enable_all()
         .build_local(Default::default())
         .expect("a runtime can be built");
-    let limited = tokio::time::timeout(Duration::from_secs(60), test);
-    runtime.block_on(async move { limited.await.expect("the test came to an end") })
+    runtime.block_on(async move {
+        tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test came to an end")
+    })
 }
 
 fn header() -> TunnelHeader {
