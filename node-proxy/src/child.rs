@@ -63,7 +63,7 @@ pub struct ChildArguments {
 
 /// The command line names a process below the agent and does not make sense.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is not how the agent starts a {1}; this command is the agent's to run")]
+#[error("{0:?} is not how the agent starts a {1}; the agent runs this by itself: run sockmesh-node agent")]
 pub struct NotFromAgent(Vec<OsString>, &'static str);
 
 impl ChildArguments {
@@ -155,7 +155,7 @@ mod tests {
         let error = ChildArguments::read(&["worker".into()]).expect_err("words are missing");
         assert_eq!(
             error.to_string(),
-            "[\"worker\"] is not how the agent starts a worker; this command is the agent's to run"
+            "[\"worker\"] is not how the agent starts a worker; the agent runs this by itself: run sockmesh-node agent"
         );
     }
 }

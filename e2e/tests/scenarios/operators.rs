@@ -139,8 +139,11 @@ pub(crate) fn wrong_inputs_of_the_nodes_commands_end_with_what_to_do() -> Result
             &["agent", "--config", &own_config, "--run-dir", &nowhere, "--bpffs", "/tmp"],
             &["/tmp", "mount -t bpf"],
         )?;
-        check(&["worker", "--uid", "1", "--files", "1024"], &["standard input", "sockmesh-node agent"])?;
-        check(&["keyd", "--uid", "1", "--files", "1024"], &["standard input", "sockmesh-node agent"])?;
+        check(&["worker"], &["how the agent starts a worker", "run sockmesh-node agent"])?;
+        check(
+            &["keyd", "1", "1024", "kill", "text", "info"],
+            &["standard input", "run sockmesh-node agent"],
+        )?;
 
         // None of all that harmed the node that was there.
         let _echo = talk::serve(&stage.far, "echo", 7000)?;
