@@ -245,8 +245,8 @@ impl OutboundCall {
         }
         if let Some(mut first) = self.first.take() {
             self.key = Some(self.key_of(&first.chosen));
-            let taken = take_share(&mut first.chosen);
-            return match taken {
+            // The connection may be older than the configuration of now.
+            return match self.admit(&first.chosen).and_then(|()| take_share(&mut first.chosen)) {
                 Ok(()) => Ok(Some(first)),
                 Err(failure) => {
                     self.current = Some(first.chosen);
@@ -262,18 +262,15 @@ impl OutboundCall {
             return Err(connect_failure(LocalReply::unavailable(Reason::NoHealthyUpstream, message)));
         };
         self.key = Some(self.key_of(&chosen));
-        let admitted = self.ctx.admit(&chosen);
-        let taken = take_share(&mut chosen);
+        let taken = self.admit(&chosen).and_then(|()| take_share(&mut chosen));
         self.current = Some(chosen);
-        match admitted {
-            Ok(()) => taken.map(|()| None),
-            Err(reason) => Err(connect_failure(LocalReply::new(
-                403,
-                grpc_code::PERMISSION_DENIED,
-                reason,
-                reason.text(),
-            ))),
-        }
+        taken.map(|()| None)
+    }
+
+    fn admit(&self, chosen: &Chosen) -> Result<(), UpstreamFailure> {
+        self.ctx.admit(chosen).map_err(|reason| {
+            connect_failure(LocalReply::new(403, grpc_code::PERMISSION_DENIED, reason, reason.text()))
+        })
     }
 
     fn key_of(&self, chosen: &Chosen) -> Key {

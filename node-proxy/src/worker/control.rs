@@ -73,6 +73,14 @@ pub async fn hello(reader: &mut FrameReader) -> anyhow::Result<proto::Hello> {
 /// Longest wait for what a worker that ends still has to say.
 const CUT: Duration = Duration::from_secs(1);
 
+/// Has pooled connections of a pod closed.
+fn forget(threads: &[Handle], uid: &Arc<str>) {
+    for thread in threads {
+        // A thread that is gone has no pooled connections either.
+        let _ = thread.commands.send(Command::Forget(Arc::clone(uid)));
+    }
+}
+
 impl Control {
     /// For a worker with these threads.
     pub fn new(shared: Arc<Shared>, threads: Vec<Handle>) -> Self {
@@ -326,8 +334,10 @@ impl Control {
             if old.netns_cookie == added.netns_cookie {
                 return Ok(());
             }
-            // Its new sandbox takes its place; what belongs to the UID, such as the certificate, stays.
+            // Its new sandbox takes its place; what belongs to the UID, such as the certificate, stays. Pooled connections
+            // are of the old network namespace.
             tokio::spawn(Arc::clone(old).drain(Duration::ZERO));
+            forget(&self.threads, &uid);
         }
         let kinds: Vec<_> = added.listeners.iter().map(Listener::kind).collect();
         let kept = fds.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>()?;
@@ -361,10 +371,7 @@ impl Control {
                 return;
             }
             shared.tls.svids.remove(&uid);
-            for thread in &threads {
-                // A thread that is gone has no pooled connections either.
-                let _ = thread.commands.send(Command::Forget(Arc::clone(&uid)));
-            }
+            forget(&threads, &uid);
         });
     }
 

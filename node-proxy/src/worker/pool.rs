@@ -367,11 +367,22 @@ impl Pools {
     pub fn forget(&self, uid: &str) {
         let other = |key: &Key| &*key.source != uid && key.workload.as_deref() != Some(uid);
         self.h1.borrow_mut().retain(|key, _| other(key));
-        self.h2.borrow_mut().retain(|key, slot| slot.dialing.is_some() || other(key));
+        self.h2.borrow_mut().retain(|key, slot| {
+            if other(key) {
+                return true;
+            }
+            // Whoever dials looks for the slot again.
+            slot.connections.clear();
+            slot.dialing.is_some()
+        });
         self.hbone.borrow_mut().retain(|(s, d), _| &**s != uid && &**d != uid);
-        self.mux
-            .borrow_mut()
-            .retain(|(s, d, _), slot| slot.dialing.is_some() || (&**s != uid && &**d != uid));
+        self.mux.borrow_mut().retain(|(s, d, _), slot| {
+            if &**s != uid && &**d != uid {
+                return true;
+            }
+            slot.connections.clear();
+            slot.dialing.is_some()
+        });
     }
 
     /// Closes idle connections that the peer closed, or that are too old.
