@@ -375,7 +375,9 @@ async fn shared_tunnel(
     if let TlsStream::Client(client) = &mut *stream {
         client.get_mut().1.set_buffer_limit(Some(mux::TLS_BUFFER));
     }
-    let connection = mux::client::connect(Stream::Tls(stream));
+    mux::set_liveness(stream.get_ref().0.get_ref()).map_err(|e| DialError::Socket(destination, e))?;
+    let unread = source.budget.buffer(0).map_err(|e| DialError::OverBudget(destination, e))?;
+    let connection = mux::client::connect(Stream::Tls(stream), unread);
     let opened = connection.open(header).expect("a connection without streams has room");
     dialing.dialed = MuxDialed::Made(connection);
     Ok(Stream::Mux(opened))

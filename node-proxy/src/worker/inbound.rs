@@ -157,7 +157,7 @@ pub async fn serve(thread: &Rc<Thread>, pod: &Arc<LocalPod>, stream: TcpStream, 
     let mut life = pod.watch();
     let work = async {
         if local.port() == TUNNEL_PORT {
-            tunnel(thread, pod, destination, stream, peer, local).await;
+            tunnel(thread, pod, stream, peer, local).await;
         } else {
             plain(thread, pod, destination, stream, peer, local).await;
         }
@@ -235,7 +235,6 @@ async fn plain(
 async fn tunnel(
     thread: &Rc<Thread>,
     pod: &Arc<LocalPod>,
-    destination: Arc<WorkloadEntry>,
     stream: TcpStream,
     peer: SocketAddr,
     local: SocketAddr,
@@ -277,6 +276,11 @@ async fn tunnel(
     let alpn = stream.get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
     if alpn.as_deref() == Some(mux::ALPN) {
         stream.get_mut().1.set_buffer_limit(Some(mux::TLS_BUFFER));
+        if let Err(e) = mux::set_liveness(stream.get_ref().0.get_ref()) {
+            // The peer is gone already.
+            tracing::debug!(pod = %pod.uid, %peer, error = %e, "tunnel connection ended");
+            return;
+        }
     }
     let stream = Stream::Tls(Box::new(tokio_rustls::TlsStream::Server(stream)));
     let (workload, owner) = match shared.mesh.state() {
@@ -291,14 +295,8 @@ async fn tunnel(
         return refuse(thread, pod, stream, peer, Reason::IdentityMismatch, what);
     }
     let peer_info = Peer { identity: proven.spiffe, workload: workload.or(owner) };
-    let tunnel = Tunnel {
-        thread: Rc::clone(thread),
-        pod: Arc::clone(pod),
-        destination,
-        peer: peer_info,
-        address: peer,
-        local,
-    };
+    let tunnel =
+        Tunnel { thread: Rc::clone(thread), pod: Arc::clone(pod), peer: peer_info, address: peer, local };
     match alpn.as_deref() {
         Some(mux::ALPN) => tunnel.mux(stream).await,
         Some(header::ALPN) => tunnel.native(stream).await,
@@ -311,7 +309,6 @@ async fn tunnel(
 struct Tunnel {
     thread: Rc<Thread>,
     pod: Arc<LocalPod>,
-    destination: Arc<WorkloadEntry>,
     peer: Peer,
     address: SocketAddr,
     local: SocketAddr,
@@ -362,24 +359,20 @@ impl Tunnel {
         let mut life = self.pod.watch();
         let drained = async move { pods::drained(&mut life).await };
         let tunnel = Rc::new(self);
+        let Ok(unread) = tunnel.pod.budget.buffer(0) else { return };
         let handle = |stream: MuxStream| {
+            let Ok(permit) = tunnel.pod.budget.connection() else {
+                let what = "the pod has as many connections as it may";
+                count_refusal(&tunnel.thread, &tunnel.pod, tunnel.address, Reason::OverBudget, what);
+                return stream.refuse();
+            };
             let tunnel = Rc::clone(&tunnel);
             tokio::task::spawn_local(async move {
-                let Ok(_permit) = tunnel.pod.budget.connection() else {
-                    let what = "the pod has as many connections as it may";
-                    return refuse(
-                        &tunnel.thread,
-                        &tunnel.pod,
-                        stream,
-                        tunnel.address,
-                        Reason::OverBudget,
-                        what,
-                    );
-                };
-                tunnel.native(Stream::Mux(stream)).await;
+                let _permit = permit;
+                tunnel.until_closed(tunnel.native(Stream::Mux(stream))).await;
             });
         };
-        if let Err(error) = mux::server::serve(stream, handle, drained).await {
+        if let Err(error) = mux::server::serve(stream, unread, handle, drained).await {
             tracing::debug!(pod = %tunnel.pod.uid, peer = %tunnel.address, %error, "tunnel connection ended");
         }
     }
@@ -391,13 +384,24 @@ impl Tunnel {
         let tunnel = Rc::new(self);
         let handle = |incoming: Incoming| {
             let tunnel = Rc::clone(&tunnel);
-            tokio::task::spawn_local(async move { tunnel.hbone_stream(incoming).await });
+            tokio::task::spawn_local(async move {
+                tunnel.until_closed(tunnel.hbone_stream(incoming)).await;
+            });
         };
         match hbone::server::serve(stream, handle, drained).await {
             TunnelEnd::Complete => {}
             end => {
                 tracing::debug!(pod = %tunnel.pod.uid, peer = %tunnel.address, ?end, "HBONE connection ended")
             }
+        }
+    }
+
+    /// Does the work of one stream until the pod's connections are to be cut: it is no part of the connection's own.
+    async fn until_closed(&self, work: impl Future<Output = ()>) {
+        let mut life = self.pod.watch();
+        tokio::select! {
+            () = work => {}
+            () = pods::closed(&mut life) => {}
         }
     }
 
@@ -442,7 +446,8 @@ impl Tunnel {
         }
     }
 
-    /// Checks where a tunnel leads and puts together what is known of the connection in it.
+    /// Checks where a tunnel leads and puts together what is known of the connection in it, by the configuration of now: the
+    /// tunnel may be older.
     fn context(
         &self,
         destination: SocketAddr,
@@ -451,34 +456,32 @@ impl Tunnel {
         protocol: AppProtocol,
         report: bool,
     ) -> Result<Inbound, (Reason, &'static str)> {
-        // One HBONE connection serves all addresses of the pod, whichever of them it was made to.
-        if destination.ip() != self.local.ip()
-            && !self.destination.workload.addresses.contains(&destination.ip())
-        {
-            return Err((Reason::NoRoute, "the tunnel leads to an address that is not the pod's"));
-        }
-        if destination.port() == TUNNEL_PORT {
-            return Err((Reason::NoRoute, "the tunnel leads to the tunnel port"));
-        }
-        let asker = Asker::Identity(&self.peer.identity);
-        policy::admit(&self.destination.workload, destination.port(), asker)
-            .map_err(|reason| (reason, "policy does not allow it"))?;
         let mesh = self
             .thread
             .shared
             .mesh
             .state()
             .map_err(|_| (Reason::Unsynced, "the node has no configuration yet"))?;
+        let pod = mesh
+            .by_uid(&self.pod.uid)
+            .ok_or((Reason::Unsynced, "the controller does not know this pod any more"))?;
+        // One HBONE connection serves all addresses of the pod, whichever of them it was made to.
+        if destination.ip() != self.local.ip() && !pod.workload.addresses.contains(&destination.ip()) {
+            return Err((Reason::NoRoute, "the tunnel leads to an address that is not the pod's"));
+        }
+        if destination.port() == TUNNEL_PORT {
+            return Err((Reason::NoRoute, "the tunnel leads to the tunnel port"));
+        }
         let found = mesh.service_of(destination.ip(), destination.port());
         let protocol = match (protocol, &found) {
             (AppProtocol::Detect, Some((service, port))) => service.ports[*port].port.protocol,
             (protocol, _) => protocol,
         };
         let named = service.and_then(|key| mesh.service_by_key(key));
-        Ok(Inbound {
+        let ctx = Inbound {
             thread: Rc::clone(&self.thread),
             pod: Arc::clone(&self.pod),
-            destination: Arc::clone(&self.destination),
+            destination: pod,
             identity: Some(self.peer.identity.clone()),
             from_node: false,
             source: self.peer.workload.clone(),
@@ -487,7 +490,11 @@ impl Tunnel {
             service: named.or(found.map(|(service, _)| service)),
             protocol,
             report,
-        })
+        };
+        match ctx.admit() {
+            Ok(()) => Ok(ctx),
+            Err(reason) => Err((reason, "policy does not allow it")),
+        }
     }
 }
 

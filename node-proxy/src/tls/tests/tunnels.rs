@@ -7,6 +7,8 @@ use tokio_rustls::TlsStream;
 use super::*;
 use crate::worker::io::Stream;
 use crate::worker::read_ahead::ReadAhead;
+use crate::worker::resilience::pod::Held;
+use crate::worker::resilience::{PodBudget, PodLimits};
 use crate::worker::tunnel::{HBONE_ALPN, header, mux};
 
 fn opening() -> header::TunnelHeader {
@@ -17,6 +19,10 @@ fn opening() -> header::TunnelHeader {
         service: None,
         report: false,
     }
+}
+
+fn unread() -> Held {
+    PodBudget::new(&PodLimits::default()).buffer(0).unwrap()
 }
 
 /// A session over TCP between `client` and a server that takes `accepted`, as the data path makes it.
@@ -48,8 +54,9 @@ async fn many_tunnels_share_one_session() {
                 stream.shutdown().await.unwrap();
             });
         };
-        let served = tokio::task::spawn_local(mux::server::serve(far, echo, std::future::pending()));
-        let connection = mux::client::connect(near);
+        let served =
+            tokio::task::spawn_local(mux::server::serve(far, unread(), echo, std::future::pending()));
+        let connection = mux::client::connect(near, unread());
         let streams: Vec<_> = (0..20_u8)
             .map(|i| {
                 let mut stream = connection.open(&opening()).unwrap();
@@ -82,7 +89,7 @@ async fn a_peer_that_knows_no_shared_tunnels_agrees_on_a_plain_one() {
 async fn a_session_that_is_cut_is_an_error_on_its_tunnels() {
     let work = async {
         let (near, mut far, _) = tunnel(&[mux::ALPN]).await;
-        let connection = mux::client::connect(near);
+        let connection = mux::client::connect(near, unread());
         let mut stream = connection.open(&opening()).unwrap();
         stream.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
         far.read_u8().await.unwrap();

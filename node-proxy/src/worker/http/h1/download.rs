@@ -15,6 +15,7 @@ use super::upload::{ClientFault, Upload};
 use super::wire::{burst_has_room, poll_drain, poll_fill, poll_write_some};
 use crate::worker::io::Transport;
 use crate::worker::reason::Reason;
+use crate::worker::tunnel::mux;
 
 /// Interim responses to one request, at most (H2-9 names the storm; an honest server sends one or two).
 const MAX_INTERIM: u32 = 32;
@@ -121,8 +122,7 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
                 Ok(n) if n > 0 => self.moved = Instant::now(),
                 ended => {
                     let untouched = upstream.read_buf.is_empty() && interim.count == 0;
-                    // A connected stream has this only from a tunnel whose far side did not look at it.
-                    if untouched && ended.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused) {
+                    if untouched && ended.is_err_and(|e| mux::was_refused(&e)) {
                         return failed(UpstreamFailure::Refused);
                     }
                     let reused = upstream.reused && untouched;

@@ -10,6 +10,7 @@ use super::frame::Frame;
 use super::state::{Role, Shared};
 use super::{HIGH_WATER, MuxStream, OPEN_STREAMS, buffers};
 use crate::worker::io::Transport;
+use crate::worker::resilience::pod::Held;
 use crate::worker::tunnel::header::TunnelHeader;
 
 /// A connection to a peer's tunnel. When this is dropped, the connection ends as soon as its last stream did.
@@ -18,9 +19,10 @@ pub struct MuxConnection {
     shared: Rc<Shared>,
 }
 
-/// Starts on `io`, a finished mutual-TLS session; a task of its own drives the connection.
-pub fn connect<S: Transport>(io: S) -> MuxConnection {
-    let shared = Shared::new(Role::Source);
+/// Starts on `io`, a finished mutual-TLS session; a task of its own drives the connection. `unread` counts what was
+/// received and not read.
+pub fn connect<S: Transport>(io: S, unread: Held) -> MuxConnection {
+    let shared = Shared::new(Role::Source, unread);
     let driver = Driver::new(io, Rc::clone(&shared));
     tokio::task::spawn_local(async move {
         // What ends it is seen by its streams, so nothing is lost with the result.

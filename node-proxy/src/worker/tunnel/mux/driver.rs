@@ -12,10 +12,11 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
 use tokio::io::AsyncReadExt as _;
+use tokio::time::{Instant, Sleep};
 
 use super::frame::Frame;
 use super::state::{Role, Shared};
-use super::{HIGH_WATER, MuxError, MuxStream, Violation, buffers};
+use super::{HIGH_WATER, MuxError, MuxStream, UNUSED, Violation, buffers};
 use crate::worker::io::Transport;
 
 /// Bytes read before the streams may have a look at them.
@@ -57,10 +58,11 @@ impl<S: Transport> Driver<S> {
         drain: impl Future<Output = ()>,
     ) -> Result<(), MuxError> {
         let mut drain = pin!(drain);
+        let mut unused = pin!(tokio::time::sleep(UNUSED));
         let result = poll_fn(|cx| {
             self.shared.state.borrow_mut().driver_runs(cx.waker());
             let may_drain = self.shared.role == Role::Destination && !self.shared.state.borrow().leaving;
-            if may_drain && drain.as_mut().poll(cx).is_ready() {
+            if may_drain && (self.poll_unused(unused.as_mut(), cx) || drain.as_mut().poll(cx).is_ready()) {
                 let mut state = self.shared.state.borrow_mut();
                 state.leaving = true;
                 let last = state.last;
@@ -74,6 +76,19 @@ impl<S: Transport> Driver<S> {
             self.io.abort();
         }
         result
+    }
+
+    /// Whether there have been no streams for too long; otherwise `timer` is set to when that may be.
+    fn poll_unused(&self, mut timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> bool {
+        while timer.as_mut().poll(cx).is_ready() {
+            let state = self.shared.state.borrow();
+            let since = if state.has_streams() { Instant::now() } else { state.idle_since };
+            if since.elapsed() >= UNUSED {
+                return true;
+            }
+            timer.as_mut().reset(since + UNUSED);
+        }
+        false
     }
 
     fn poll(

@@ -23,6 +23,8 @@ pub enum ResetCode {
     Dropped,
     /// It was not looked at: the connection has too many, or takes no more.
     Refused,
+    /// It was not looked at: the pod at the far side takes no more, on whichever connection.
+    Full,
 }
 
 impl ResetCode {
@@ -31,6 +33,7 @@ impl ResetCode {
             Self::Aborted => 0,
             Self::Dropped => 1,
             Self::Refused => 2,
+            Self::Full => 3,
         }
     }
 
@@ -39,6 +42,7 @@ impl ResetCode {
             0 => Self::Aborted,
             1 => Self::Dropped,
             2 => Self::Refused,
+            3 => Self::Full,
             _ => return None,
         })
     }

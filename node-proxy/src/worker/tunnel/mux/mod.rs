@@ -31,9 +31,13 @@
 //!
 //! A stream may have [`WINDOW`] unread bytes at the receiver, and [`GROWN_WINDOW`] once it was seen that they are read, as
 //! long as all windows of the connection stay within [`GROWTH`]. There is no window for the connection: a stream that
-//! nobody reads exhausts its own window and holds nobody up. So a connection holds at most [`MAX_STREAMS`] × [`WINDOW`] +
-//! [`GROWTH`] of unread bytes, 24 MiB, and [`HIGH_WATER`] and a little of unsent ones; a stream's place is counted for as
-//! long as somebody works on it, not until the peer gave it up.
+//! nobody reads exhausts its own window and holds nobody up. So a connection has at most [`MAX_STREAMS`] × [`WINDOW`] +
+//! [`GROWTH`] of unread bytes, 24 MiB, in buffers of at most twice as much and one buffer for each stream, and
+//! [`HIGH_WATER`] and a little of unsent ones; a stream's place is counted for as long as somebody works on it, not until
+//! the peer gave it up. Unread bytes count against what the pod may hold in buffers: the stream that goes over is reset.
+//!
+//! A peer that vanished without a word is found by the kernel ([`set_liveness`]); one that holds a connection without
+//! streams for [`UNUSED`] is asked to leave.
 
 mod buffers;
 pub mod client;
@@ -49,6 +53,7 @@ mod tests;
 
 pub use self::frame::{ResetCode, Violation};
 pub use self::stream::MuxStream;
+use crate::worker::resilience::pod::OverBudget;
 
 /// ALPN protocol of multiplexed native tunnels.
 pub const ALPN: &[u8] = b"sockmesh-mux/1";
@@ -71,6 +76,36 @@ const ANSWERS: usize = 256 << 10;
 /// Most bytes of one write that go into one frame.
 const MAX_WRITE: usize = 32 << 10;
 
+/// How long a destination keeps a connection without streams. Longer than a source keeps one by default, which ends it in
+/// order.
+const UNUSED: std::time::Duration = std::time::Duration::from_secs(300);
+
+/// When the kernel asks whether a silent peer still lives: the pace of HBONE's PINGs.
+const ASK_AFTER: std::time::Duration = std::time::Duration::from_secs(10);
+/// How long what was sent, a question included, may stay unacknowledged. A peer always reads from a shared connection, so
+/// unlike elsewhere this says nothing of an application that pauses.
+const UNACKNOWLEDGED: std::time::Duration = std::time::Duration::from_secs(20);
+
+/// Has the kernel end a connection whose peer is gone: many requests depend on it, and each would wait for its own timeout.
+///
+/// # Errors
+/// When the socket does not take the options.
+pub fn set_liveness(socket: &tokio::net::TcpStream) -> std::io::Result<()> {
+    let socket = socket2::SockRef::from(socket);
+    let keepalive = socket2::TcpKeepalive::new().with_time(ASK_AFTER).with_interval(UNACKNOWLEDGED / 4);
+    socket.set_tcp_keepalive(&keepalive)?;
+    // Decides in place of the number of questions too (tcp(7)).
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))
+}
+
+/// Whether a stream failed because the peer did not look at it: it may be opened again elsewhere. Not the same as
+/// [`std::io::ErrorKind::ConnectionRefused`], which a socket may give after bytes were processed.
+#[must_use]
+pub fn was_refused(error: &std::io::Error) -> bool {
+    let source = error.get_ref().and_then(|e| e.downcast_ref::<MuxError>());
+    source == Some(&MuxError::Refused)
+}
+
 /// What a TLS session may hold encrypted and unsent, bytes: with rustls' 64 KiB, what comes together would leave in several
 /// sends.
 pub const TLS_BUFFER: usize = 256 << 10;
@@ -87,6 +122,9 @@ pub enum MuxError {
     /// This side gave the stream up.
     #[error("the stream was aborted")]
     Aborted,
+    /// The pod holds too much in buffers.
+    #[error("the stream was reset: {0}")]
+    OverBudget(OverBudget),
     /// The connection ended under its streams.
     #[error("the tunnel connection ended before its streams did")]
     Ended,
@@ -99,13 +137,7 @@ pub enum MuxError {
 }
 
 impl From<MuxError> for std::io::Error {
-    /// [`std::io::ErrorKind::ConnectionRefused`] means that the peer did not process what was sent; everything else is
-    /// [`std::io::ErrorKind::ConnectionReset`].
     fn from(error: MuxError) -> Self {
-        let kind = match error {
-            MuxError::Refused => std::io::ErrorKind::ConnectionRefused,
-            _ => std::io::ErrorKind::ConnectionReset,
-        };
-        Self::new(kind, error)
+        Self::new(std::io::ErrorKind::ConnectionReset, error)
     }
 }

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::frame::{Frame, ResetCode, Violation};
 use super::received::Received;
 use super::{ANSWERS, GROWN_WINDOW, GROWTH, HIGH_WATER, MAX_STREAMS, MuxError, MuxStream, WINDOW, buffers};
+use crate::worker::resilience::pod::Held;
 
 /// Which side of the connection this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +55,9 @@ pub(super) struct State {
     driver: Option<Waker>,
     woken: bool,
     /// Streams that wait until less is unsent.
-    blocked: Vec<Rc<StreamShared>>,
+    pub blocked: Vec<Rc<StreamShared>>,
+    /// Unread bytes of all streams.
+    unread: Held,
 }
 
 #[derive(Debug)]
@@ -113,7 +116,8 @@ impl StreamState {
 }
 
 impl Shared {
-    pub(super) fn new(role: Role) -> Rc<Self> {
+    /// `unread` counts bytes that nobody has read yet; nothing is counted at first.
+    pub(super) fn new(role: Role, unread: Held) -> Rc<Self> {
         let born = Instant::now();
         let state = State {
             out: BytesMut::new(),
@@ -127,6 +131,7 @@ impl Shared {
             driver: None,
             woken: false,
             blocked: Vec::new(),
+            unread,
         };
         Rc::new(Self { role, born, state: RefCell::new(state) })
     }
@@ -161,6 +166,12 @@ impl Shared {
         let taken = u32::try_from(len).ok().and_then(|n| stream_state.may_receive.checked_sub(n));
         stream_state.may_receive = taken.ok_or(Violation::WindowExceeded(id))?;
         if len > 0 {
+            if let Err(over) = state.unread.grow(len as u64) {
+                let _ = input.split_to(len);
+                drop(stream_state);
+                state.reset(&stream, ResetCode::Aborted, &MuxError::OverBudget(over));
+                return Ok(());
+            }
             stream_state.received.push(input, len);
         }
         if fin {
@@ -193,9 +204,13 @@ impl Shared {
             Frame::Reset { stream: id, code } => {
                 let Some(stream) = state.known(id)? else { return Ok(()) };
                 let error = match code {
-                    ResetCode::Refused => MuxError::Refused,
+                    ResetCode::Refused | ResetCode::Full => MuxError::Refused,
                     code => MuxError::Reset(code),
                 };
+                if code == ResetCode::Refused && self.role == Role::Source {
+                    // What is tried again must not come here again.
+                    state.leaving = true;
+                }
                 stream.state.borrow_mut().fail(&error);
                 state.forget(id);
             }
@@ -339,6 +354,7 @@ impl State {
 
     /// `n` bytes of a stream were read: the peer may send as many again, which it is told when it is worth a frame.
     pub(super) fn was_read(&mut self, id: u32, stream: &mut StreamState, n: usize) {
+        self.unread.shrink(n as u64);
         stream.owed += u32::try_from(n).unwrap_or(u32::MAX);
         // Each frame is a packet while bulk goes the other way; the last quarter keeps the peer busy meanwhile.
         if stream.owed < stream.window / 4 * 3 || stream.read_end.is_some() {
@@ -363,19 +379,25 @@ impl State {
     }
 
     /// Gives a stream up in both directions, if it is not over.
-    pub(super) fn reset(&mut self, stream: &StreamShared, code: ResetCode) {
+    pub(super) fn reset(&mut self, stream: &StreamShared, code: ResetCode, error: &MuxError) {
         if self.forget(stream.id).is_some() {
-            stream.state.borrow_mut().fail(&MuxError::Aborted);
+            stream.state.borrow_mut().fail(error);
             self.put(Frame::Reset { stream: stream.id, code });
         }
     }
 
     /// Nobody holds the stream any more.
     pub(super) fn dropped(&mut self, stream: &StreamShared) {
-        self.reset(stream, ResetCode::Dropped);
+        self.reset(stream, ResetCode::Dropped, &MuxError::Aborted);
         self.handles -= 1;
-        if stream.state.borrow().window == GROWN_WINDOW {
+        let mut state = stream.state.borrow_mut();
+        self.unread.shrink(state.received.len() as u64);
+        state.received = Received::default();
+        if state.window == GROWN_WINDOW {
             self.grown -= GROWN_WINDOW - WINDOW;
+        }
+        if state.blocked {
+            self.blocked.retain(|other| other.id != stream.id);
         }
     }
 }

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::frame::{Frame, ResetCode};
 use super::state::{Shared, StreamShared};
-use super::{HIGH_WATER, MAX_WRITE, buffers};
+use super::{HIGH_WATER, MAX_WRITE, MuxError, buffers};
 use crate::worker::io::Transport;
 
 /// Reading 0 bytes is the peer's FIN; a reset, or the loss of the connection, is an error after the bytes that came
@@ -36,6 +36,11 @@ impl MuxStream {
         self.stream.state.borrow().window
     }
 
+    /// Gives it back unseen: the pod that it leads to takes no more.
+    pub fn refuse(self) {
+        self.connection.state.borrow_mut().reset(&self.stream, ResetCode::Full, &MuxError::Aborted);
+    }
+
     /// When its connection was made.
     #[must_use]
     pub fn born(&self) -> Instant {
@@ -51,7 +56,7 @@ impl Drop for MuxStream {
 
 impl Transport for MuxStream {
     fn abort(&mut self) {
-        self.connection.state.borrow_mut().reset(&self.stream, ResetCode::Aborted);
+        self.connection.state.borrow_mut().reset(&self.stream, ResetCode::Aborted, &MuxError::Aborted);
     }
 }
 

@@ -17,10 +17,14 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::client::{MuxConnection, connect};
+use super::driver::Driver;
 use super::frame::{Frame, HEADER, ResetCode};
 use super::server::serve;
+use super::state::{Role, Shared};
 use super::*;
 use crate::worker::io::Transport;
+use crate::worker::resilience::pod::{Held, Share};
+use crate::worker::resilience::{PodBudget, PodLimits};
 use crate::worker::tunnel::header::TunnelHeader;
 
 fn on_worker<T: 'static>(test: impl Future<Output = T> + 'static) -> T {
@@ -59,13 +63,24 @@ struct Pair {
     end: JoinHandle<Result<(), MuxError>>,
 }
 
+fn unlimited() -> Held {
+    PodBudget::new(&PodLimits::default()).buffer(0).unwrap()
+}
+
 fn serving<S: Transport>(far: S) -> (Accepted, watch::Sender<bool>, JoinHandle<Result<(), MuxError>>) {
+    serving_within(far, unlimited())
+}
+
+fn serving_within<S: Transport>(
+    far: S,
+    unread: Held,
+) -> (Accepted, watch::Sender<bool>, JoinHandle<Result<(), MuxError>>) {
     let accepted = Accepted::default();
     let taken = Rc::clone(&accepted);
     let drain = watch::Sender::new(false);
     let mut drained = drain.subscribe();
     let end = tokio::task::spawn_local(async move {
-        serve(far, move |stream| taken.borrow_mut().push(stream), async move {
+        serve(far, unread, move |stream| taken.borrow_mut().push(stream), async move {
             drained.wait_for(|drained| *drained).await.expect("the test holds the sender");
         })
         .await
@@ -76,7 +91,7 @@ fn serving<S: Transport>(far: S) -> (Accepted, watch::Sender<bool>, JoinHandle<R
 fn pair() -> Pair {
     let (near, far) = duplex(16 << 10);
     let (accepted, drain, end) = serving(far);
-    Pair { near: connect(near), accepted, drain, end }
+    Pair { near: connect(near, unlimited()), accepted, drain, end }
 }
 
 impl Pair {
@@ -212,7 +227,7 @@ fn what_is_written_in_one_turn_leaves_in_one_write_with_the_opening_of_streams()
     on_worker(async {
         let (near, mut far) = duplex(64 << 10);
         let writes = Rc::new(Cell::new(0));
-        let connection = connect(Counted { inner: near, writes: Rc::clone(&writes) });
+        let connection = connect(Counted { inner: near, writes: Rc::clone(&writes) }, unlimited());
         // The driver has looked once before anything is to be sent.
         tokio::task::yield_now().await;
         let tasks: Vec<_> = (0..32)
@@ -286,7 +301,7 @@ fn windows_of_a_connection_grow_to_a_limit_and_shrink_when_streams_end() {
 fn a_connection_that_the_peer_does_not_read_takes_no_more_than_the_high_water_mark() {
     on_worker(async {
         let (near, _far) = duplex(1 << 10);
-        let connection = connect(near);
+        let connection = connect(near, unlimited());
         let mut streams: Vec<_> = (0..8).map(|_| connection.open(&header()).unwrap()).collect();
         let mut written = 0;
         for stream in &mut streams {
@@ -392,7 +407,7 @@ fn a_drain_lets_streams_finish_and_refuses_those_it_did_not_look_at() {
         late.write_all(b"POST / HTTP/1.1\r\n\r\n").await.unwrap();
         let (heard, error) = fails_with(&mut late).await;
         assert!(heard.is_empty());
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "it may be sent again: {error}");
+        assert!(was_refused(&error), "it may be sent again: {error}");
         assert!(!pair.near.is_open());
         assert!(pair.accepted.borrow().is_empty());
         near.write_all(b"still").await.unwrap();
@@ -505,7 +520,7 @@ fn a_destination_that_breaks_the_protocol_fails_the_streams_of_its_connection() 
     for frame in [data(1, true, false, 1), data(2, false, false, 1), Frame::Window { stream: 1, more: 0 }] {
         on_worker(async move {
             let (near, mut far) = duplex(64 << 10);
-            let connection = connect(near);
+            let connection = connect(near, unlimited());
             let mut stream = connection.open(&header()).unwrap();
             far.write_all(&bytes(&[frame])).await.unwrap();
             let (heard, error) = fails_with(&mut stream).await;
@@ -552,6 +567,129 @@ fn streams_beyond_the_limit_are_refused_and_the_rest_go_on() {
             tokio::task::yield_now().await;
         }
     });
+}
+
+#[test]
+fn a_refused_stream_says_so_and_leaves_its_connection_only_when_that_is_full() {
+    for (code, open) in [(ResetCode::Refused, false), (ResetCode::Full, true)] {
+        on_worker(async move {
+            let (near, mut far) = duplex(64 << 10);
+            let connection = connect(near, unlimited());
+            let mut stream = connection.open(&header()).unwrap();
+            far.write_all(&bytes(&[Frame::Reset { stream: 1, code }])).await.unwrap();
+            let (_, error) = fails_with(&mut stream).await;
+            assert!(was_refused(&error), "{error}");
+            assert_eq!(connection.is_open(), open, "{code:?}");
+        });
+    }
+}
+
+#[test]
+fn a_stream_that_the_pod_has_no_room_for_is_given_back_unseen() {
+    on_worker(async {
+        let pair = pair();
+        let mut near = pair.near.open(&header()).unwrap();
+        near.write_all(b"POST / HTTP/1.1\r\n\r\n").await.unwrap();
+        pair.arrived().await.refuse();
+        let (_, error) = fails_with(&mut near).await;
+        assert!(was_refused(&error), "{error}");
+        assert!(pair.near.is_open(), "other pods' requests go on");
+    });
+}
+
+#[test]
+fn a_socket_that_refuses_after_bytes_were_sent_is_no_refused_stream() {
+    assert!(!was_refused(&io::ErrorKind::ConnectionRefused.into()));
+}
+
+#[test]
+fn unread_bytes_are_the_pods_and_the_stream_that_goes_over_is_reset_alone() {
+    on_worker(async {
+        let budget = PodBudget::new(&PodLimits { buffered_bytes: 100, ..PodLimits::default() });
+        let used = || budget.used(Share::BufferedByte);
+        let (near, far) = duplex(16 << 10);
+        let (accepted, drain, end) = serving_within(far, budget.buffer(0).unwrap());
+        let pair = Pair { near: connect(near, unlimited()), accepted, drain, end };
+        let (mut patient, mut waiting) = pair.stream().await;
+        let (mut greedy, greedy_far) = pair.stream().await;
+        patient.write_all(&[1; 60]).await.unwrap();
+        while used() < 60 {
+            tokio::task::yield_now().await;
+        }
+        greedy.write_all(&[2; 41]).await.unwrap();
+        let (_, error) = fails_with(&mut greedy).await;
+        assert!(!was_refused(&error), "it was looked at: {error}");
+        drop(greedy_far);
+        assert_eq!(used(), 60);
+        let mut read = [0; 60];
+        waiting.read_exact(&mut read).await.unwrap();
+        assert_eq!((read, used()), ([1; 60], 0));
+        patient.write_all(&[3; 100]).await.unwrap();
+        while used() < 100 {
+            tokio::task::yield_now().await;
+        }
+        drop(waiting);
+        assert_eq!(used(), 0, "what nobody will read is let go");
+    });
+}
+
+#[test]
+fn streams_given_up_while_they_waited_to_write_are_forgotten() {
+    on_worker(async {
+        let (mut near, far) = duplex(64 << 10);
+        let shared = Shared::new(Role::Destination, unlimited());
+        let given_up = Rc::clone(&shared);
+        // What a task does that writes an answer and is ended by the reset of its stream.
+        let handle = move |mut stream: MuxStream| {
+            while fill(&mut stream) > 0 {}
+            tokio::task::spawn_local(async move {
+                let _ = stream.read_u8().await;
+            });
+        };
+        let driven = Rc::clone(&shared);
+        tokio::task::spawn_local(async move {
+            Driver::new(far, driven).run(handle, std::future::pending()).await
+        });
+        for id in 1..=1_000 {
+            let reset = Frame::Reset { stream: id, code: ResetCode::Dropped };
+            near.write_all(&bytes(&[data(id, true, false, 0), reset])).await.unwrap();
+            while given_up.state.borrow().last < id || given_up.state.borrow().handles > 0 {
+                tokio::task::yield_now().await;
+            }
+            let blocked = given_up.state.borrow().blocked.len();
+            assert!(blocked <= MAX_STREAMS, "{blocked} streams are kept after {id}");
+        }
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_is_not_used_is_left_after_a_while_and_one_in_use_is_not() {
+    let local = tokio::task::LocalSet::new();
+    local
+        .run_until(async {
+            let pair = pair();
+            let (near, far) = pair.stream().await;
+            tokio::time::advance(UNUSED * 3).await;
+            tokio::task::yield_now().await;
+            assert!(pair.near.is_open(), "a stream is open");
+            drop((near, far));
+            // The paused clock moves only when there is nothing else to do.
+            while pair.near.is_open() {
+                tokio::time::sleep(UNUSED / 4).await;
+            }
+            assert_eq!(pair.end.await.unwrap(), Ok(()));
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn the_kernel_looks_after_shared_connections() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let stream = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    set_liveness(&stream).unwrap();
+    let socket = socket2::SockRef::from(&stream);
+    assert!(socket.keepalive().unwrap());
+    assert_eq!(socket.tcp_user_timeout().unwrap(), Some(UNACKNOWLEDGED));
 }
 
 #[test]

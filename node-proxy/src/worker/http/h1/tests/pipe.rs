@@ -10,6 +10,7 @@ use std::task::{Context, Poll, Waker};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::worker::io::Transport;
+use crate::worker::tunnel::mux::MuxError;
 
 #[derive(Default)]
 struct Half {
@@ -118,10 +119,11 @@ impl AsyncRead for Pipe {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut half = self.incoming.borrow_mut();
         if half.reset {
-            let refused = half.refused;
-            let kind =
-                if refused { io::ErrorKind::ConnectionRefused } else { io::ErrorKind::ConnectionReset };
-            return Poll::Ready(Err(kind.into()));
+            let error = match half.refused {
+                true => MuxError::Refused.into(),
+                false => io::ErrorKind::ConnectionReset.into(),
+            };
+            return Poll::Ready(Err(error));
         }
         if half.bytes.is_empty() && !half.ended {
             half.reader = Some(cx.waker().clone());
