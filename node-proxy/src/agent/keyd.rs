@@ -156,7 +156,7 @@ pub(super) async fn supervise(
                     process::find(&path).await?.context("the keyd just started does not listen")?
                 }
             };
-            session(stream, &current).await
+            session(stream, &current, &restarts).await
         }
         .await;
         current.send_replace(None);
@@ -177,7 +177,11 @@ pub(super) async fn supervise(
 }
 
 /// Says hello, publishes the client, and serves the connection to its end.
-async fn session(stream: UnixStream, current: &watch::Sender<Option<Arc<KeydClient>>>) -> anyhow::Result<()> {
+async fn session(
+    stream: UnixStream,
+    current: &watch::Sender<Option<Arc<KeydClient>>>,
+    life: &Restarts,
+) -> anyhow::Result<()> {
     let (mut reader, mut writer) = split(stream);
     let hello = ToKeyd { id: 0, message: Some(to_keyd::Message::Hello(KeydHello {})) };
     writer.send_frame(&hello, &[]).await?;
@@ -186,6 +190,7 @@ async fn session(stream: UnixStream, current: &watch::Sender<Option<Arc<KeydClie
         .context("keyd did not answer the hello")??
         .context("keyd closed the connection before it answered the hello")?;
     anyhow::ensure!(answer.error.is_empty(), "keyd: {}", answer.error);
+    life.works();
     let (requests, queue) = mpsc::unbounded_channel();
     let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
     let found = answer.keys.iter().map(|k| k.key_id.clone()).collect();

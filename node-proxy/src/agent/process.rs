@@ -13,6 +13,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -24,8 +25,11 @@ use crate::child::{ChildArguments, LogArguments, Role};
 use crate::config::ProcessSettings;
 use crate::sys::allocator;
 
-/// A process that lived this long did not crash on start: the next one is started at once.
+/// A process that lived this long is not one that keeps dying: the next one is started at once.
 const HEALTHY_LIFE: Duration = Duration::from_secs(1);
+/// Longest pause after a process that did its work before it died. Connections wait for the next one, and nobody should
+/// give up for a pause; only a process that does not come up at all is kept from using up the machine.
+const PAUSE_AFTER_WORK: Duration = Duration::from_millis(250);
 /// How long a process may take to end after it was asked to.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -180,6 +184,7 @@ pub(super) struct Restarts {
     longest: Duration,
     failures: u32,
     started: Instant,
+    worked: AtomicBool,
 }
 
 impl Restarts {
@@ -189,12 +194,19 @@ impl Restarts {
             longest: settings.respawn_max,
             failures: 0,
             started: Instant::now(),
+            worked: AtomicBool::new(false),
         }
     }
 
     /// A process starts now.
     pub(super) fn started(&mut self) {
         self.started = Instant::now();
+        self.worked = AtomicBool::new(false);
+    }
+
+    /// It came up and does its work.
+    pub(super) fn works(&self) {
+        self.worked.store(true, Ordering::Relaxed);
     }
 
     /// It is gone: how long to wait before the next one. The first is started at once.
@@ -208,9 +220,13 @@ impl Restarts {
             return Duration::ZERO;
         }
         self.failures += 1;
+        let longest = match self.worked.load(Ordering::Relaxed) {
+            true => self.longest.min(PAUSE_AFTER_WORK),
+            false => self.longest,
+        };
         match self.failures {
             1 => Duration::ZERO,
-            n => self.shortest.saturating_mul(1 << (n - 2).min(16)).min(self.longest),
+            n => self.shortest.saturating_mul(1 << (n - 2).min(16)).min(longest),
         }
     }
 }
@@ -226,7 +242,11 @@ mod tests {
         let short = Duration::from_millis(5);
         let pauses: Vec<u128> = (0..10).map(|_| restarts.pause_after(short).as_millis()).collect();
         assert_eq!(pauses, [0, 50, 100, 200, 400, 800, 1600, 3200, 5000, 5000]);
-        assert_eq!(restarts.pause_after(HEALTHY_LIFE), Duration::ZERO, "it worked in between");
+        restarts.works();
+        assert_eq!(restarts.pause_after(short), PAUSE_AFTER_WORK, "it came up before it died");
+        restarts.started();
+        assert_eq!(restarts.pause_after(short), settings.respawn_max, "this one did not");
+        assert_eq!(restarts.pause_after(HEALTHY_LIFE), Duration::ZERO, "it lived in between");
         assert_eq!(restarts.pause_after(short), Duration::ZERO);
         assert_eq!(restarts.pause_after(short), settings.respawn_min);
     }

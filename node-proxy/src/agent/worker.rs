@@ -186,7 +186,7 @@ pub(super) async fn supervise(agent: Arc<Agent>, launcher: Launcher) {
                     process::find(&path).await?.context("the worker just started does not listen")?
                 }
             };
-            session(&agent, stream).await
+            session(&agent, stream, &restarts).await
         }
         .await;
         agent.state.lock().worker = None;
@@ -213,7 +213,7 @@ struct Served {
     listeners: Listeners,
 }
 
-async fn session(agent: &Arc<Agent>, stream: UnixStream) -> anyhow::Result<()> {
+async fn session(agent: &Arc<Agent>, stream: UnixStream, life: &Restarts) -> anyhow::Result<()> {
     let (mut reader, mut writer) = split(stream);
     let (pid, mut served, configured) =
         tokio::time::timeout(HELLO_TIMEOUT, hello(agent, &mut reader, &mut writer))
@@ -234,7 +234,7 @@ async fn session(agent: &Arc<Agent>, stream: UnixStream) -> anyhow::Result<()> {
     let result = tokio::select! {
         result = write(writer, queue) => result,
         result = read(agent, &link, &mut reader) => result,
-        result = lead(agent, &link, served) => result,
+        result = lead(agent, &link, served, life) => result,
     };
     // Drops the senders, so that everyone who waits hears of the end.
     link.pending.lock().take();
@@ -309,7 +309,12 @@ async fn prepare_pods(agent: &Arc<Agent>, served: &mut BTreeMap<String, Served>)
 }
 
 /// Makes the worker ready, in the order in which it needs things, and then follows keyd for as long as both live.
-async fn lead(agent: &Agent, link: &Arc<WorkerLink>, served: BTreeMap<String, Served>) -> anyhow::Result<()> {
+async fn lead(
+    agent: &Agent,
+    link: &Arc<WorkerLink>,
+    served: BTreeMap<String, Served>,
+    life: &Restarts,
+) -> anyhow::Result<()> {
     let mut keyds = agent.keyd.clone();
     // A pod's first connection needs a handshake, and a handshake needs keyd.
     let keyd = loop {
@@ -324,6 +329,7 @@ async fn lead(agent: &Agent, link: &Arc<WorkerLink>, served: BTreeMap<String, Se
         }
     };
     bring_up(agent, link, &keyd, served).await?;
+    life.works();
     while keyds.changed().await.is_ok() {
         let keyd = keyds.borrow_and_update().clone();
         if let Some(keyd) = keyd {
