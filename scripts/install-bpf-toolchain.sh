@@ -21,11 +21,19 @@ fail() {
 	exit 1
 }
 
-# Runs a command that may take a while: says what and why first, shows its output only when it fails.
+# Runs a command that may take a while: says what and why first and that it goes on, shows its output only when it fails.
 run() {
 	say "$1"
 	shift
-	"$@" >"$log" 2>&1 || {
+	"$@" >"$log" 2>&1 &
+	command=$!
+	waited=0
+	while kill -0 "$command" 2>/dev/null; do
+		sleep 1
+		waited=$((waited + 1))
+		if [ $((waited % 15)) = 0 ]; then say "  ... $waited s: $(tail -n 1 "$log" | cut -c 1-100)"; fi
+	done
+	wait "$command" || {
 		cat "$log" >&2
 		return 1
 	}

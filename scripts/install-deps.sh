@@ -28,8 +28,6 @@ packages_run=(
     "mariadb-client     its client"
     "ncat               raw TCP in scenarios"
     "iperf3             bulk TCP in scenarios and benchmarks"
-    "wrk                HTTP/1.1 load in benchmarks"
-    "nghttp2-client     HTTP/2 load (h2load) in benchmarks"
     "python3            small servers and clients in scenarios"
 )
 # Debian starts these when they are installed; here they only run in pods.
@@ -50,13 +48,24 @@ as_root() {
     "${sudo[@]}" "$@"
 }
 
+# Shows what apt-get is at, without the output of the packages' own scripts.
 apt_install() {
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends "$@" >/dev/null
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q -o Dpkg::Use-Pty=0 --no-install-recommends "$@" |
+        { grep --line-buffered -E '^(Get:|Unpacking |Setting up )' || true; } | sed -u 's/^/    /' >&2
 }
+
+# Removes what keeps Debian from starting services, also when the installation is interrupted.
+policy=/usr/sbin/policy-rc.d ours=
+allow_services() {
+    if [ -n "$ours" ]; then
+        as_root rm -f "$policy"
+        ours=
+    fi
+}
+trap allow_services EXIT
 
 # Installs packages without letting Debian start the services that some of them bring.
 install_quietly() {
-    local policy=/usr/sbin/policy-rc.d ours=
     if [ ! -e "$policy" ]; then
         ours=yes
         printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
@@ -67,9 +76,7 @@ install_quietly() {
         say "That did not work; once more with fresh package lists."
         as_root apt-get update -qq >&2 && apt_install "$@" || failed=yes
     }
-    if [ -n "$ours" ]; then
-        as_root rm -f "$policy"
-    fi
+    allow_services
     if [ -n "$failed" ]; then
         die "apt-get could not install: $*"
     fi
