@@ -247,6 +247,9 @@ settings! {
         head_bytes: usize = 64 * KIB, "bytes", 1024 => MIB;
         /// Fields of a head.
         headers: usize = 100, "fields", 1 => 10_000;
+        /// Requests that are valid and that applications read in different ways: escaped '/', '.' or '%', '//', '..' and
+        /// ';' in the path, '_' in the name of a field.
+        ambiguous: AmbiguousRequests = AmbiguousRequests::Pass, "pass | refuse";
         /// Streams that a peer may have open on one HTTP/2 connection.
         h2_streams: u32 = 100, "streams", 1 => 100_000;
         /// Receive window of an HTTP/2 stream. A bulk stream stops less often in a wider one; together, the streams of
@@ -258,6 +261,16 @@ settings! {
         read_buffer: usize = 32 * KIB, "bytes", 1024 => 4 * MIB;
         /// Idle pooled connections to one endpoint on behalf of one pod.
         pool_per_endpoint: u32 = 64, "connections", 0 => 100_000;
+    }
+}
+
+choice! {
+    /// What becomes of requests that applications read in different ways.
+    pub enum AmbiguousRequests {
+        /// They pass as they came: what they mean is the application's business.
+        Pass = "pass",
+        /// They are answered with 400 and the name of the rule.
+        Refuse = "refuse",
     }
 }
 

@@ -18,7 +18,7 @@ use super::resilience::{BudgetSettings, PodLimits, RetryBudgets, RetryPolicy};
 use super::sockets::ToAgentSender;
 use super::telemetry::access_log::AccessLog;
 use super::telemetry::{SignalSettings, Signals, Telemetry};
-use crate::config::{AccessLogFormat, WorkerSettings};
+use crate::config::{AccessLogFormat, AmbiguousRequests, WorkerSettings};
 use crate::tls::Tls;
 
 /// The pods of this node by UID.
@@ -144,6 +144,7 @@ fn http_limits(settings: &WorkerSettings) -> HttpLimits {
     HttpLimits {
         max_head_bytes: settings.limits.head_bytes,
         max_headers: settings.limits.headers,
+        refuse_ambiguous: settings.limits.ambiguous == AmbiguousRequests::Refuse,
         header_timeout: settings.timeouts.header,
         keepalive_idle: off_if_zero(settings.timeouts.http_idle).unwrap_or(NEVER),
         stream_idle: off_if_zero(settings.timeouts.stream_idle),

@@ -16,6 +16,7 @@
 
 pub mod h1;
 pub mod h2;
+mod readings;
 
 use std::time::Duration;
 
@@ -311,6 +312,8 @@ pub struct HttpLimits {
     pub max_head_bytes: usize,
     /// Most header fields in a head or trailer section.
     pub max_headers: usize,
+    /// Whether a request that applications read in different ways is refused.
+    pub refuse_ambiguous: bool,
     /// From the first byte of a head to its end.
     pub header_timeout: Duration,
     /// A client's HTTP/1 connection may sit between requests this long.
@@ -334,6 +337,7 @@ impl Default for HttpLimits {
         Self {
             max_head_bytes: 64 << 10,
             max_headers: 100,
+            refuse_ambiguous: false,
             header_timeout: Duration::from_secs(10),
             keepalive_idle: Duration::from_secs(3600),
             stream_idle: Some(Duration::from_secs(300)),

@@ -3,13 +3,14 @@
 //! The gate's promise: whatever passes is one message to every parser behind it, with the same bytes. It repairs
 //! nothing. A message that two parsers could frame or route in two ways is refused by a named rule; so is one whose
 //! syntax is not valid. All else passes as it came, because applications must not notice the mesh:
-//! - paths keep their `%2f`, `//`, `..` and `;` (what they mean is for policy and the application to say),
-//! - `_` in field names passes, since applications use it and both sides of this hop see the same bytes,
+//! - paths keep their `%2f`, `//`, `..` and `;` (what they mean is for policy and the application to say), and
+//! - `_` in field names passes, unless the node is told to refuse both ([`super::super::readings`]);
 //! - a request target in absolute form stays so, if its authority is the one in `Host`.
 //!
 //! Responses are held to the same framing rules, but harmless habits of servers pass: white space around the value of
 //! `Content-Length`, `Chunked` in another case, no space before an empty reason.
 
+use super::super::readings::{self, Reading};
 use super::framing::Body;
 use super::head::{Caps, Field, Head, Kind, Span};
 use super::syntax::{is_token, split_authority, trim};
@@ -159,6 +160,17 @@ pub(super) fn check_request(buf: &[u8], head: &mut Head, caps: Caps) -> Result<R
         path,
         body,
     })
+}
+
+/// The checks of a node that refuses what applications read in different ways.
+///
+/// # Errors
+/// How the request can be read.
+pub(super) fn check_readings(buf: &[u8], head: &Head, plan: &RequestPlan) -> Result<(), Reading> {
+    if let Path::At(span) = plan.path {
+        readings::check_path(span.of(buf))?;
+    }
+    head.fields.iter().try_for_each(|field| readings::check_name(field.name.of(buf)))
 }
 
 /// The checks on a complete response head; marks the fields that stay on this hop.

@@ -197,6 +197,13 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
             Ok((plan, body_bytes))
         });
         match checked {
+            Ok((plan, _))
+                if self.limits.refuse_ambiguous
+                    && let Err(reading) = gate::check_readings(&self.input, &self.request, &plan) =>
+            {
+                self.refuse_with(&LocalReply::bad_request(reading.text())).await;
+                After::Refused
+            }
             Ok((plan, body_bytes)) => self.exchange(plan, body_bytes).await,
             Err(refusal) => {
                 self.refuse(refusal).await;

@@ -3,8 +3,9 @@
 //! h2 has already refused (with a stream error) repeated, misplaced or missing pseudo-header fields, connection-specific
 //! fields, a `te` other than `trailers`, names that are not lower case, and values with CR, LF or NUL. The gate refuses
 //! what is left that two readers could take differently. All else passes as it came: what `%2f`, `//` or `..` in a path
-//! mean is for policy and the application to say, and `_` in a name is an application's own business. (A fragment, which
-//! no client sends, is cut off by the `http` crate before anybody here sees it, so policy and upstream agree.)
+//! mean is for policy and the application to say, and `_` in a name is an application's own business, unless the node is
+//! told to refuse both ([`readings`]). (A fragment, which no client sends, is cut off by the `http` crate before anybody
+//! here sees it, so policy and upstream agree.)
 
 use std::borrow::Cow;
 
@@ -13,7 +14,7 @@ use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, Method, Uri};
 
-use super::super::{HttpLimits, LocalReply, RequestInfo, grpc_code};
+use super::super::{HttpLimits, LocalReply, RequestInfo, grpc_code, readings};
 use crate::worker::reason::Reason;
 
 /// What the gate learned on the way.
@@ -73,6 +74,14 @@ fn refuse(parts: &mut Parts, limits: &HttpLimits) -> Result<(), LocalReply> {
     };
     if !(path.starts_with('/') || path == "*" && parts.method == Method::OPTIONS) {
         return bad("the path must begin with a slash");
+    }
+    if limits.refuse_ambiguous {
+        let mut names = parts.headers.keys();
+        let read = readings::check_path(path.as_bytes())
+            .and_then(|()| names.try_for_each(|name| readings::check_name(name.as_str().as_bytes())));
+        if let Err(reading) = read {
+            return bad(reading.text());
+        }
     }
     one_authority(parts)
 }

@@ -530,3 +530,25 @@ fn a_connection_being_served_takes_less_than_a_page() {
     // Ten thousand idle connections are the design's measure: what each future holds counts.
     assert!(super::world::serving_bytes() < 4096, "{} bytes", super::world::serving_bytes());
 }
+
+#[test]
+fn what_applications_read_in_different_ways_passes_unless_the_node_refuses_it() {
+    const ODD: &str = "GET /a%2fb HTTP/1.1\r\nhost: web.test\r\n\r\n";
+    const NAMED: &str = "GET /a HTTP/1.1\r\nhost: web.test\r\nx_a: 1\r\n\r\n";
+    for odd in [ODD, NAMED] {
+        world(move |mut w| async move {
+            let mut server = w.upstream();
+            w.client.send(odd).await;
+            server.expect(odd).await;
+        });
+    }
+    for (odd, rule) in [(ODD, "NORM-2"), (NAMED, "NORM-13")] {
+        let limits = HttpLimits { refuse_ambiguous: true, ..HttpLimits::default() };
+        with_limits(limits, move |mut w| async move {
+            w.client.send(odd).await;
+            let answer = w.client.rest().await;
+            assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains(rule), "{answer}");
+            assert_eq!(w.ended().await, ConnectionEnd::Refused);
+        });
+    }
+}

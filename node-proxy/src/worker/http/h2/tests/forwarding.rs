@@ -269,3 +269,21 @@ fn a_stream_takes_little_memory() {
         assert!(size <= 3 << 10, "{size} bytes");
     });
 }
+
+#[test]
+fn what_applications_read_in_different_ways_passes_unless_the_node_refuses_it() {
+    on_worker(async {
+        for (refuse_ambiguous, status) in [(false, 200), (true, 400)] {
+            let script = Script::new();
+            upstream(&script, echo).await;
+            let (near, _) = proxy(&script, HttpLimits { refuse_ambiguous, ..HttpLimits::default() });
+            let mut client = client(near).await;
+            let mut named = get("/a");
+            named.headers_mut().insert("x_a", "1".parse().unwrap());
+            for request in [get("/a/../b"), named] {
+                let (response, _) = client.send_request(request, true).unwrap();
+                assert_eq!(response.await.unwrap().status(), status);
+            }
+        }
+    });
+}
