@@ -304,6 +304,12 @@ choice! {
     }
 }
 
+/// A time limit whose setting says "0 = off".
+#[must_use]
+pub fn off_if_zero(limit: Duration) -> Option<Duration> {
+    (!limit.is_zero()).then_some(limit)
+}
+
 /// Every problem of a configuration, one a line.
 #[derive(Debug, thiserror::Error)]
 #[error("the configuration has {} problem(s):\n  {}", .0.len(), .0.join("\n  "))]

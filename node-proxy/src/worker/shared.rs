@@ -18,7 +18,7 @@ use super::resilience::{BudgetSettings, PodLimits, RetryBudgets, RetryPolicy};
 use super::sockets::ToAgentSender;
 use super::telemetry::access_log::AccessLog;
 use super::telemetry::{SignalSettings, Signals, Telemetry};
-use crate::config::{AccessLogFormat, AmbiguousRequests, WorkerSettings};
+use crate::config::{AccessLogFormat, WorkerSettings};
 use crate::tls::Tls;
 
 /// The pods of this node by UID.
@@ -58,29 +58,6 @@ impl Shared {
     /// # Errors
     /// When the access log's thread can't be started.
     pub fn new(node: String, settings: WorkerSettings, to_agent: ToAgentSender) -> std::io::Result<Self> {
-        let load = LoadSettings {
-            decay: settings.balancer.ewma_decay,
-            default_rtt: settings.balancer.default_rtt,
-            ..LoadSettings::default()
-        };
-        let retries = &settings.retries;
-        let retry_policy = RetryPolicy {
-            attempts: retries.attempts,
-            statuses: retries.statuses.clone(),
-            backoff_min: retries.backoff_min,
-            backoff_max: retries.backoff_max,
-            per_try_timeout: off_if_zero(settings.timeouts.per_try),
-        };
-        let retry_budgets = RetryBudgets::new(BudgetSettings {
-            ratio: retries.budget_ratio,
-            min_per_second: retries.budget_min_per_second,
-            ..BudgetSettings::default()
-        });
-        let pod_limits = PodLimits {
-            connections: settings.limits.connections_per_pod.into(),
-            handshakes: settings.limits.handshakes_per_pod.into(),
-            ..PodLimits::default()
-        };
         let access_log = match settings.access_log.format {
             AccessLogFormat::Off => AccessLog::off(),
             AccessLogFormat::Json => AccessLog::start(settings.access_log.sampling, std::io::stdout())?,
@@ -88,13 +65,13 @@ impl Shared {
         let signals = Arc::new(Signals::new(SignalSettings::default()));
         Ok(Self {
             node,
-            limits: http_limits(&settings),
-            mesh: Store::new(load),
+            limits: HttpLimits::from(&settings),
+            mesh: Store::new(LoadSettings::from(&settings)),
             tls: Tls::default(),
             pods: ArcSwap::default(),
-            retry_policy: Arc::new(retry_policy),
-            retry_budgets,
-            pod_limits,
+            retry_policy: Arc::new(RetryPolicy::from(&settings)),
+            retry_budgets: RetryBudgets::new(BudgetSettings::from(&settings.retries)),
+            pod_limits: PodLimits::from(&settings),
             metrics: Telemetry::new(signals, access_log),
             flows: ArcSwapOption::empty(),
             to_agent,
@@ -119,9 +96,6 @@ impl Shared {
     }
 }
 
-/// Stands for no limit where a time has to be added to now: thirty years, which no clock overflows on.
-const NEVER: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
-
 /// How often series and budgets that nobody uses are looked for.
 const SWEEP: Duration = Duration::from_secs(10);
 
@@ -132,26 +106,5 @@ pub async fn sweep(shared: Arc<Shared>) {
         let now = tokio::time::Instant::now();
         shared.metrics.signals.sweep(now);
         shared.retry_budgets.sweep(now);
-    }
-}
-
-fn off_if_zero(d: Duration) -> Option<Duration> {
-    (!d.is_zero()).then_some(d)
-}
-
-/// The limits of HTTP parsing, out of the worker's settings.
-fn http_limits(settings: &WorkerSettings) -> HttpLimits {
-    HttpLimits {
-        max_head_bytes: settings.limits.head_bytes,
-        max_headers: settings.limits.headers,
-        refuse_ambiguous: settings.limits.ambiguous == AmbiguousRequests::Refuse,
-        header_timeout: settings.timeouts.header,
-        keepalive_idle: off_if_zero(settings.timeouts.http_idle).unwrap_or(NEVER),
-        stream_idle: off_if_zero(settings.timeouts.stream_idle),
-        replay_cap: settings.retries.replay_bytes,
-        read_buffer: settings.limits.read_buffer,
-        h2_max_streams: settings.limits.h2_streams,
-        h2_stream_window: settings.limits.h2_stream_window,
-        h2_connection_window: settings.limits.h2_connection_window,
     }
 }

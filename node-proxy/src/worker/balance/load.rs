@@ -18,6 +18,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::config::WorkerSettings;
+
 /// Constants of the load estimate.
 #[derive(Debug, Clone)]
 pub struct LoadSettings {
@@ -35,17 +37,23 @@ pub struct LoadSettings {
     pub backoff_max: Duration,
 }
 
-impl Default for LoadSettings {
-    /// Linkerd's `DEFAULT_EWMA` (30 ms, 10 s) and `load-biaser` (5 s, at most 300 s); connect back-off 1 s to 10 s.
-    fn default() -> Self {
+impl From<&WorkerSettings> for LoadSettings {
+    /// What is no setting: Linkerd's `load-biaser` (5 s, at most 300 s); connect back-off 1 s to 10 s.
+    fn from(settings: &WorkerSettings) -> Self {
         Self {
-            decay: Duration::from_secs(10),
-            default_rtt: Duration::from_millis(30),
+            decay: settings.balancer.ewma_decay,
+            default_rtt: settings.balancer.default_rtt,
             penalty: Duration::from_secs(5),
             penalty_max: Duration::from_secs(300),
             backoff_min: Duration::from_secs(1),
             backoff_max: Duration::from_secs(10),
         }
+    }
+}
+
+impl Default for LoadSettings {
+    fn default() -> Self {
+        Self::from(&WorkerSettings::default())
     }
 }
 

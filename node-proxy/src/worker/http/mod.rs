@@ -24,6 +24,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::io::Transport;
 use super::reason::{Reason, Reasons};
+use crate::config::{AmbiguousRequests, WorkerSettings, off_if_zero};
 
 /// What the first bytes of a connection say about its protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -332,21 +333,30 @@ pub struct HttpLimits {
     pub h2_connection_window: u32,
 }
 
+/// Stands for no limit where a time has to be added to now: thirty years, which no clock overflows on.
+const NEVER: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+
+impl From<&WorkerSettings> for HttpLimits {
+    fn from(settings: &WorkerSettings) -> Self {
+        Self {
+            max_head_bytes: settings.limits.head_bytes,
+            max_headers: settings.limits.headers,
+            refuse_ambiguous: settings.limits.ambiguous == AmbiguousRequests::Refuse,
+            header_timeout: settings.timeouts.header,
+            keepalive_idle: off_if_zero(settings.timeouts.http_idle).unwrap_or(NEVER),
+            stream_idle: off_if_zero(settings.timeouts.stream_idle),
+            replay_cap: settings.retries.replay_bytes,
+            read_buffer: settings.limits.read_buffer,
+            h2_max_streams: settings.limits.h2_streams,
+            h2_stream_window: settings.limits.h2_stream_window,
+            h2_connection_window: settings.limits.h2_connection_window,
+        }
+    }
+}
+
 impl Default for HttpLimits {
     fn default() -> Self {
-        Self {
-            max_head_bytes: 64 << 10,
-            max_headers: 100,
-            refuse_ambiguous: false,
-            header_timeout: Duration::from_secs(10),
-            keepalive_idle: Duration::from_secs(3600),
-            stream_idle: Some(Duration::from_secs(300)),
-            replay_cap: 64 << 10,
-            read_buffer: 16 << 10,
-            h2_max_streams: 100,
-            h2_stream_window: 256 << 10,
-            h2_connection_window: 1 << 20,
-        }
+        Self::from(&WorkerSettings::default())
     }
 }
 

@@ -15,6 +15,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use crate::config::RetrySettings;
+
 const SLOTS: usize = 10;
 
 /// A retry, in the unit of the slots' balances (thousandths).
@@ -31,10 +33,20 @@ pub struct BudgetSettings {
     pub window: Duration,
 }
 
+impl From<&RetrySettings> for BudgetSettings {
+    /// The window is Finagle's and Linkerd's.
+    fn from(retries: &RetrySettings) -> Self {
+        Self {
+            ratio: retries.budget_ratio,
+            min_per_second: retries.budget_min_per_second,
+            window: Duration::from_secs(10),
+        }
+    }
+}
+
 impl Default for BudgetSettings {
-    /// Finagle's and Linkerd's defaults: a fifth, 10/s, 10 s.
     fn default() -> Self {
-        Self { ratio: 0.2, min_per_second: 10, window: Duration::from_secs(10) }
+        Self::from(&RetrySettings::default())
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::config::WorkerSettings;
 use crate::worker::reason::Reason;
 
 /// Limits of one pod.
@@ -26,16 +27,23 @@ pub struct PodLimits {
     pub handshakes_per_second: u32,
 }
 
-impl Default for PodLimits {
-    /// Far above what a healthy pod needs, and small enough that a few runaway pods do not exhaust a worker.
-    fn default() -> Self {
+impl From<&WorkerSettings> for PodLimits {
+    /// What is no setting is far above what a healthy pod needs, and small enough that a few runaway pods do not exhaust a
+    /// worker.
+    fn from(settings: &WorkerSettings) -> Self {
         Self {
-            connections: 32_768,
+            connections: settings.limits.connections_per_pod.into(),
             requests: 16_384,
             buffered_bytes: 256 << 20,
-            handshakes: 512,
+            handshakes: settings.limits.handshakes_per_pod.into(),
             handshakes_per_second: 2_000,
         }
+    }
+}
+
+impl Default for PodLimits {
+    fn default() -> Self {
+        Self::from(&WorkerSettings::default())
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::budget::RetryBudget;
+use crate::config::{WorkerSettings, off_if_zero};
 use crate::worker::balance::random_below;
 use crate::worker::http::{Replay, UpstreamFailure};
 use crate::worker::reason::{Reason, Reasons};
@@ -29,15 +30,22 @@ pub struct RetryPolicy {
     pub per_try_timeout: Option<Duration>,
 }
 
+impl From<&WorkerSettings> for RetryPolicy {
+    fn from(settings: &WorkerSettings) -> Self {
+        let retries = &settings.retries;
+        Self {
+            attempts: retries.attempts,
+            statuses: retries.statuses.clone(),
+            backoff_min: retries.backoff_min,
+            backoff_max: retries.backoff_max,
+            per_try_timeout: off_if_zero(settings.timeouts.per_try),
+        }
+    }
+}
+
 impl Default for RetryPolicy {
     fn default() -> Self {
-        Self {
-            attempts: 2,
-            statuses: vec![503],
-            backoff_min: Duration::from_millis(25),
-            backoff_max: Duration::from_millis(250),
-            per_try_timeout: None,
-        }
+        Self::from(&WorkerSettings::default())
     }
 }
 
