@@ -79,12 +79,69 @@ fn worker_and_keyd_have_no_rights_and_the_agent_can_enrol_a_pod() {
         assert_eq!(fields["Gid"], [uid; 4].join(" "), "{which}");
         assert_eq!(fields["Groups"], "", "{which}");
     }
-    let agent = proc_status(pid(node, "agent_pid").unwrap());
-    assert_eq!(agent["Uid"], "0 0 0 0");
-
     mesh.unenrol(&web).unwrap();
     assert_eq!(status(node)["pods"], Value::Array(Vec::new()));
     assert_eq!(pid(node, "worker_pid"), before["worker_pid"].as_i64().map(|p| i32::try_from(p).unwrap()));
+}
+
+/// Numbers of capabilities (linux/capability.h) that the agent keeps: KILL, SETGID, SETUID, SETPCAP, NET_ADMIN, SYS_PTRACE,
+/// SYS_ADMIN.
+const AGENT: [u32; 7] = [5, 6, 7, 8, 12, 19, 21];
+/// SYS_RESOURCE, which it keeps if it was given.
+const AGENT_IF_GIVEN: u32 = 24;
+
+#[test]
+#[ignore = "needs root"]
+fn every_thread_of_the_agent_has_the_listed_capabilities_and_no_other() {
+    let (mesh, web) = mesh_with_a_pod();
+    let node = mesh.node(1);
+    mesh.enrol(&web).unwrap();
+    let given = u64::from_str_radix(&proc_status(std::process::id() as i32)["CapBnd"], 16).unwrap();
+    let list = AGENT.iter().fold(given & (1 << AGENT_IF_GIVEN), |list, number| list | 1 << number);
+    assert_ne!(given, list, "this test was given more, so there is something to give up");
+    let agent = pid(node, "agent_pid").unwrap();
+    let mut threads = 0;
+    for task in std::fs::read_dir(format!("/proc/{agent}/task")).unwrap() {
+        let thread: i32 = task.unwrap().file_name().to_str().unwrap().parse().unwrap();
+        let fields = proc_status(thread);
+        for set in ["CapEff", "CapPrm", "CapBnd"] {
+            assert_eq!(fields[set], format!("{list:016x}"), "{set} of {}", fields["Name"]);
+        }
+        for set in ["CapInh", "CapAmb"] {
+            assert_eq!(fields[set], "0000000000000000", "{set} of {}", fields["Name"]);
+        }
+        assert_eq!(fields["NoNewPrivs"], "1");
+        assert_eq!(fields["Uid"], "0 0 0 0");
+        threads += 1;
+    }
+    assert!(threads > 1, "the thread that enters namespaces is one of them");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn an_agent_without_a_capability_ends_and_names_it() {
+    let lacking = |bounding: &str| {
+        let output = std::process::Command::new("setpriv")
+            .args(["--bounding-set", bounding])
+            .arg(testbed::control::binary("sockmesh-node").unwrap())
+            .args(["agent", "--run-dir", "/proc/no-such-run-dir"])
+            .output()
+            .unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    for name in ["kill", "setgid", "setuid", "setpcap", "net_admin", "sys_ptrace", "sys_admin"] {
+        let error = lacking(&format!("-{name}"));
+        let expected = format!("started without CAP_{} (to ", name.to_uppercase());
+        assert!(error.contains(&expected), "{error}");
+        assert_eq!(error.matches("CAP_").count(), 1, "{error}");
+    }
+    let error = lacking("-all");
+    assert_eq!(error.matches("CAP_").count(), AGENT.len(), "{error}");
+    // Everything that the chart of a container may drop.
+    let rest = "+kill,+setgid,+setuid,+setpcap,+net_admin,+sys_ptrace,+sys_admin";
+    let error = lacking(&format!("-all,{rest}"));
+    assert!(error.contains("/proc/no-such-run-dir"), "the next step is the run directory: {error}");
 }
 
 #[test]

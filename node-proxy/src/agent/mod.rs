@@ -26,6 +26,7 @@ mod netns;
 mod pods;
 mod process;
 mod requests;
+mod rights;
 mod status;
 mod uninstall;
 mod worker;
@@ -174,6 +175,7 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
     if !rustix::process::geteuid().is_root() {
         anyhow::bail!("the agent needs root: it loads BPF programs and enters the pods' network namespaces");
     }
+    rights::keep_what_is_needed()?;
     if config.worker.threads == 0 {
         // Decided here, because keyd's signing channels are one for each thread.
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);

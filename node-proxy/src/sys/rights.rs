@@ -1,9 +1,9 @@
-//! From root to nobody in particular, for good.
+//! From root to nobody in particular, for good, or to a root that can do a few things.
 //!
 //! A worker or keyd starts as root, because the agent does, and gives everything up before it reads its first message:
 //! core dumps, groups, the bounding set, user, capabilities, `no_new_privs`, dumpability, and then system calls (see
-//! [`super::seccomp`]). It must be called while the process has one thread, since most of these are per thread.
-//! `PR_SET_PDEATHSIG` is not set on purpose: workers outlive the agent.
+//! [`super::seccomp`]). The agent keeps some capabilities and stays root. Either must happen while the process has one
+//! thread, since most of these are per thread. `PR_SET_PDEATHSIG` is not set on purpose: workers outlive the agent.
 
 use std::io;
 
@@ -29,7 +29,9 @@ pub struct Rights {
 #[derive(Debug, thiserror::Error)]
 pub enum RightsError {
     /// A system call failed.
-    #[error("cannot {what}: {source}; start it as root, from the agent")]
+    #[error(
+        "cannot {what}; the agent has to run as root, with the capabilities that docs/architecture.md lists"
+    )]
     Call {
         /// What was attempted.
         what: &'static str,
@@ -59,19 +61,14 @@ pub fn give_up(rights: Rights) -> Result<(), RightsError> {
     if rights.uid == 0 {
         return Err(RightsError::Root);
     }
-    let threads = std::fs::read_dir("/proc/self/task")
-        .map_err(|source| RightsError::Call { what: "count the threads in /proc/self/task", source })?
-        .count();
-    if threads != 1 {
-        return Err(RightsError::Threads(threads));
-    }
+    single_thread()?;
     limits(rights.files)?;
     // A session of its own: Ctrl-C at the agent's terminal is the agent's affair.
     match rustix::process::setsid() {
         Ok(_) | Err(rustix::io::Errno::PERM) => {}
         Err(e) => return call("start a session", Err(e)),
     }
-    empty_bounding_set()?;
+    shrink_bounding_set(CapabilitySet::empty())?;
     call("clear the ambient capabilities", rustix::thread::clear_ambient_capability_set())?;
     let gid = rustix::process::Gid::from_raw(rights.uid);
     let uid = rustix::process::Uid::from_raw(rights.uid);
@@ -103,20 +100,64 @@ fn limits(files: u64) -> Result<(), RightsError> {
         tracing::warn!(
             wanted = files,
             limit = maximum,
-            "the limit of open files is lower than processes.worker_files; raise fs.nr_open"
+            "the limit of open files is lower than processes.worker_files; give the agent CAP_SYS_RESOURCE or a higher hard \
+             limit, and look at fs.nr_open"
         );
     }
     Ok(())
 }
 
-/// Removes every capability that this kernel knows; the first number it does not know ends the list.
-fn empty_bounding_set() -> Result<(), RightsError> {
+/// What this thread may do and the programs that it runs may do too: permitted, and in the bounding set.
+///
+/// # Errors
+/// The kernel's.
+pub fn usable() -> std::io::Result<CapabilitySet> {
+    let permitted = rustix::thread::capabilities(None)?.permitted;
+    let mut usable = CapabilitySet::empty();
+    for capability in permitted.iter() {
+        if rustix::thread::capability_is_in_bounding_set(capability)? {
+            usable |= capability;
+        }
+    }
+    Ok(usable)
+}
+
+/// Keeps these capabilities and gives every other up, for good. The bounding set shrinks to the same, so that a program
+/// that root runs starts with these; they count as no gain, and `no_new_privs` lets it have them.
+///
+/// # Errors
+/// [`RightsError`]: among others, when one of them is not permitted.
+pub fn keep(capabilities: CapabilitySet) -> Result<(), RightsError> {
+    single_thread()?;
+    shrink_bounding_set(capabilities)?;
+    call("clear the ambient capabilities", rustix::thread::clear_ambient_capability_set())?;
+    let kept = CapabilitySets {
+        effective: capabilities,
+        permitted: capabilities,
+        inheritable: CapabilitySet::empty(),
+    };
+    call("drop capabilities", rustix::thread::set_capabilities(None, kept))?;
+    call("set no_new_privs", rustix::thread::set_no_new_privs(true))
+}
+
+fn single_thread() -> Result<(), RightsError> {
+    let threads = std::fs::read_dir("/proc/self/task")
+        .map_err(|source| RightsError::Call { what: "count the threads in /proc/self/task", source })?
+        .count();
+    if threads == 1 { Ok(()) } else { Err(RightsError::Threads(threads)) }
+}
+
+/// Removes every other capability that this kernel knows; the first number it does not know ends the list.
+fn shrink_bounding_set(kept: CapabilitySet) -> Result<(), RightsError> {
     for number in 0..64 {
         let capability = CapabilitySet::from_bits_retain(1 << number);
+        if kept.contains(capability) {
+            continue;
+        }
         match rustix::thread::remove_capability_from_bounding_set(capability) {
             Ok(()) => {}
             Err(rustix::io::Errno::INVAL) if number > 0 => return Ok(()),
-            Err(e) => return call("empty the bounding set of capabilities", Err(e)),
+            Err(e) => return call("shrink the bounding set of capabilities", Err(e)),
         }
     }
     Ok(())
