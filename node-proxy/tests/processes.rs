@@ -146,6 +146,21 @@ fn an_agent_without_a_capability_ends_and_names_it() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_pod_is_enrolled_by_the_namespace_of_a_process_that_is_another_users() {
+    let (mesh, web) = mesh_with_a_pod();
+    let node = mesh.node(1);
+    let process = web.launch("sleep").arg("infinity").user("daemon").spawn().unwrap();
+    let fields = || proc_status(process.pid());
+    wait::until("the process", LIMIT, || Ok((fields()["Name"] == "sleep").then_some(()))).unwrap();
+    assert_ne!(fields()["Uid"], "0 0 0 0");
+    let netns = format!("/proc/{}/ns/net", process.pid());
+    let args = ["--uid", web.uid(), "--netns", &netns];
+    node.command("enrol").unwrap().args(args).output().unwrap().ok().unwrap();
+    assert_eq!(status(node)["pods"][0]["captured"], true);
+}
+
+#[test]
+#[ignore = "needs root"]
 fn every_thread_of_worker_and_keyd_has_the_filter() {
     let (mesh, web) = mesh_with_a_pod();
     mesh.enrol(&web).unwrap();
