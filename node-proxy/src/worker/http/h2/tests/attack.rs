@@ -355,6 +355,34 @@ fn windows_that_stay_shut_hold_little_and_end_with_the_idle_time() {
 }
 
 #[test]
+fn a_window_of_one_byte_is_filled_and_waited_for() {
+    on_worker(async {
+        let script = Script::new();
+        upstream(&script, |_, mut response| async move {
+            let mut out = response.send_response(ok(), false).unwrap();
+            send_all(&mut out, Bytes::from_static(b"answer"), true).await.unwrap();
+        })
+        .await;
+        let (near, _end) = proxy(&script, HttpLimits::default());
+        let mut raw = Raw::new(near, &[]).await;
+        raw.send(&frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 1])).await;
+        raw.headers(1, true, GET).await;
+        let mut answer = Vec::new();
+        loop {
+            let data = raw.next_of(&[0, 3, 7]).await.expect("the connection lives");
+            assert_eq!(data.kind, 0, "{data:?}");
+            assert!(data.payload.len() <= 1);
+            answer.extend_from_slice(&data.payload);
+            if data.flags & END_STREAM != 0 {
+                break;
+            }
+            raw.send(&frame(8, 0, 1, &[0, 0, 0, 1])).await;
+        }
+        assert_eq!(answer, b"answer");
+    });
+}
+
+#[test]
 fn a_client_that_does_not_read_its_socket_pins_no_more_than_the_connection_bound() {
     on_worker(async {
         let script = Script::new();
