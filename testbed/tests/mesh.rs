@@ -134,24 +134,25 @@ fn dropping_a_mesh_leaves_nothing_behind_not_even_a_daemon_that_left_its_group()
     }
 }
 
-/// Not a test of its own: what the tests below start as another process and then kill.
-#[test]
-#[ignore = "needs root"]
-fn mesh_that_waits_to_be_killed() {
-    let Ok(report) = std::env::var("TESTBED_REPORT_TO") else { return };
+/// Where the other process of [`other_process`] says what its mesh is called.
+const REPORT_TO: &str = "TESTBED_REPORT_TO";
+
+/// What that process does: makes a mesh, says its name and waits to be killed.
+fn wait_to_be_killed(report: &std::ffi::OsStr) {
     let mesh = Mesh::builder().build().unwrap();
     let (client, _web) = two_pods(&mesh);
     let mut sleeper = client.launch("sleep").arg("1000").spawn().unwrap();
-    std::fs::write(&report, mesh.name()).unwrap();
+    std::fs::write(report, mesh.name()).unwrap();
     drop(sleeper.wait(Duration::from_secs(1000)));
 }
 
-/// Starts another process that makes a mesh; returns the process and the mesh's name.
+/// Starts another process that makes a mesh; returns the process and the mesh's name. It is this program again, with a
+/// test that begins by asking whether it is meant.
 fn other_process(dir: &std::path::Path) -> (std::process::Child, String) {
     let report = dir.join("name");
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "mesh_that_waits_to_be_killed", "--include-ignored"])
-        .env("TESTBED_REPORT_TO", &report)
+        .args(["--exact", "a_live_mesh_of_another_process_is_not_stale", "--include-ignored"])
+        .env(REPORT_TO, &report)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -198,6 +199,9 @@ fn what_a_killed_process_left_is_removed_by_the_next_run() {
 #[test]
 #[ignore = "needs root"]
 fn a_live_mesh_of_another_process_is_not_stale() {
+    if let Some(report) = std::env::var_os(REPORT_TO) {
+        return wait_to_be_killed(&report);
+    }
     let dir = tempfile::tempdir().unwrap();
     let (mut child, name) = other_process(dir.path());
     let before = traces(&name);
@@ -303,4 +307,37 @@ fn the_load_program_counts_answers_and_tells_failures_apart() {
     let refused = run("/", &["--count", "5", "--resend"]);
     assert_eq!((refused.failed, refused.reasons["connect: connection refused"]), (5, 5));
     assert_eq!(refused.resent, 0, "nothing was sent, so nothing can be sent again");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn the_load_program_waits_at_its_end_for_what_is_on_its_way_and_counts_it() {
+    testbed::mesh::need(&[("ncat", "ncat")]).unwrap();
+    let mesh = Mesh::builder().build().unwrap();
+    let (client, web) = two_pods(&mesh);
+    let _nginx = programs::nginx(&web, 8080).unwrap();
+    // It takes connections and never says a word.
+    let mut silent =
+        web.launch("ncat").args(["--listen", "--keep-open", "--recv-only", "7000"]).spawn().unwrap();
+    silent.wait_for_port(7000, LIMIT).unwrap();
+    let until_stopped = |port: u16, sent: u64, args: &[&str]| {
+        let url = format!("http://{}:{port}/", web.v4());
+        let load = client.launch(env!("CARGO_BIN_EXE_testbed-load")).arg(url).args(["--interval", "0.05"]);
+        let mut load = load.args(args).spawn().unwrap();
+        wait::until("requests", LIMIT, || {
+            Ok(LoadReport::newest(&load)?.filter(|r| r.sent >= sent).map(drop))
+        })
+        .unwrap();
+        load.stop().unwrap();
+        LoadReport::last(&load).unwrap()
+    };
+    let lost = until_stopped(7000, 2, &["--concurrency", "2", "--timeout", "1"]);
+    assert_eq!((lost.sent, lost.ok, lost.reasons["timeout"]), (lost.failed, 0, lost.failed));
+    assert!(lost.failed >= 2, "{lost:?}");
+    for pace in [&["--concurrency", "8"][..], &["--rate", "50"]] {
+        let good = until_stopped(8080, 20, pace);
+        assert_eq!((good.sent, good.failed), (good.ok, 0));
+    }
+    let slow = until_stopped(8080, 1, &["--rate", "0.01", "--concurrency", "3"]);
+    assert_eq!((slow.sent, slow.ok), (1, 1), "what waits for its turn never begins");
 }

@@ -17,8 +17,8 @@ use super::world::World;
 const CONNECTIONS: &str = "8";
 /// Between two queries.
 const QUERY_PAUSE: Duration = Duration::from_millis(100);
-/// How long the load program may take to end.
-const STOP_LIMIT: Duration = Duration::from_secs(15);
+/// How long the load program may take to end: it waits for its last requests.
+const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 /// Queries so far.
 #[derive(Debug, Default)]

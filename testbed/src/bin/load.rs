@@ -2,6 +2,9 @@
 //!
 //! It prints one JSON line ([`LoadReport`]) per interval and a last one at the end. Every request carries the canary in
 //! a header, and an answer without it in its body is a failure, so that no answer can be somebody else's.
+//!
+//! At SIGTERM it begins nothing more and waits for what is on its way, so that a request which never ends is a failure
+//! here, too: `sent` is `ok` plus `failed` in the last line.
 
 use std::cell::RefCell;
 use std::io::Write;
@@ -18,6 +21,7 @@ use hyper::{Method, Request, Response, Uri, body::Incoming};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use testbed::load::LoadReport;
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::task::LocalSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
@@ -57,7 +61,7 @@ struct Args {
     /// with idempotent requests (RFC 9110 section 9.2.2).
     #[arg(long)]
     resend: bool,
-    /// Seconds after which a request has failed.
+    /// Seconds after which a request has failed; each time that it is sent again it has as many.
     #[arg(long, default_value_t = 10.0)]
     timeout: f64,
     /// Seconds between two lines.
@@ -104,12 +108,14 @@ struct Client {
     counts: Rc<RefCell<Counts>>,
     end: Option<Instant>,
     pace: Option<tokio::sync::Mutex<tokio::time::Interval>>,
+    /// Whether nothing more shall begin.
+    stop: watch::Receiver<bool>,
 }
 
 impl Client {
     fn may_begin(&self) -> bool {
         let mut counts = self.counts.borrow_mut();
-        if self.end.is_some_and(|end| Instant::now() >= end) {
+        if *self.stop.borrow() || self.end.is_some_and(|end| Instant::now() >= end) {
             return false;
         }
         if self.args.count.is_some_and(|count| counts.begun >= count) {
@@ -123,7 +129,13 @@ impl Client {
         let mut sender = None;
         while self.may_begin() {
             if let Some(pace) = &self.pace {
-                pace.lock().await.tick().await;
+                let mut stop = self.stop.clone();
+                tokio::select! {
+                    biased;
+                    // An error would mean that nobody is left who could say so.
+                    _ = stop.wait_for(|stop| *stop) => return,
+                    _ = async { pace.lock().await.tick().await } => {}
+                }
             }
             self.counts.borrow_mut().report.sent += 1;
             let start = Instant::now();
@@ -307,12 +319,14 @@ async fn run(args: Args) -> Result<()> {
         pace.set_missed_tick_behavior(MissedTickBehavior::Burst);
         tokio::sync::Mutex::new(pace)
     });
+    let (stop, stopped) = watch::channel(false);
     let client = Rc::new(Client {
         address: address(&args.url)?,
         body: Bytes::from(vec![b'x'; args.body_bytes]),
         counts: Rc::clone(&counts),
         end: args.duration.map(|d| start + Duration::from_secs_f64(d)),
         pace,
+        stop: stopped,
         args: args.clone(),
     });
     let mut tasks = tokio::task::JoinSet::new();
@@ -330,13 +344,8 @@ async fn run(args: Args) -> Result<()> {
                 Some(result) => result.context("a client failed")?,
             },
             _ = tick.tick() => print(&counts, start, false)?,
-            _ = term.recv() => break,
+            _ = term.recv() => drop(stop.send_replace(true)),
         }
-    }
-    // Requests that SIGTERM cut short never ended, so they neither succeeded nor failed.
-    {
-        let mut counts = counts.borrow_mut();
-        counts.report.sent = counts.report.ok + counts.report.failed;
     }
     print(&counts, start, true)
 }
