@@ -50,12 +50,15 @@ pub(crate) fn a_worker_that_is_killed_under_load_refuses_no_connection_and_sends
             stage,
             &["--concurrency", "8", "--rate", "400", "--connection-per-request", "--resend"],
         )?;
-        for n in 0..20 {
+        let (kills, connections) = (20, 8);
+        for n in 0..kills {
             stage.mesh.node(1 + n % 2).kill_workers()?;
             answered(&load, 40)?;
         }
         let report = end_load(load)?;
         ensure!(report.failed == 0, "{report:?}");
+        // A kill can cost each connection one request, and no more: what follows finds the next worker's listeners.
+        ensure!(report.resent <= u64::from(kills) * connections, "{report:?}");
         let plain = capture.finish()?.canary_bytes(CANARY);
         ensure!(plain == 0, "{plain} bytes of plain text");
         Ok(())
