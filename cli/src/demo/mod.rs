@@ -141,7 +141,7 @@ fn story(args: &Args, mesh: &Mesh, place: &mut Option<World>, view: &mut View) -
         counters.look(mesh)?;
     }
     let captured = capture.finish()?;
-    Ok(Report::new(&traffic, &counters, &captured, &canary, view.events()))
+    Ok(Report::new(&traffic, &counters, &captured, &canary, view.events(), acts.len()))
 }
 
 /// What happens during the traffic.

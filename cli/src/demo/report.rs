@@ -23,7 +23,8 @@ const TAIL: usize = 15;
 /// The final document.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
-    /// Whether no request failed, identities were seen, and no plain text crossed the wire.
+    /// Whether every act was played, no request failed, identities were seen, and nothing crossed the wire outside the
+    /// tunnel.
     pub(super) ok: bool,
     requests: Requests,
     database: Database,
@@ -32,6 +33,8 @@ pub(super) struct Report {
     identities: Vec<Identities>,
     /// By node.
     redirect_counters: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Kills and returns that were due and for which no time was left.
+    acts_not_played: usize,
     wire: Wire,
     /// Bytes of the canary that the capture between the nodes saw in clear text.
     plaintext_bytes_on_wire: usize,
@@ -79,6 +82,7 @@ impl Report {
         captured: &Captured,
         canary: &str,
         events: &[String],
+        unplayed: usize,
     ) -> Self {
         let http = &traffic.http;
         let count = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
@@ -108,7 +112,9 @@ impl Report {
             && database.queries_failed == 0
             && !identities.is_empty()
             && wire.tunnel_bytes > 0
-            && plaintext_bytes_on_wire == 0;
+            && wire.tcp_bytes_outside_the_tunnel == 0
+            && plaintext_bytes_on_wire == 0
+            && unplayed == 0;
         Self {
             ok,
             requests: Requests {
@@ -125,6 +131,7 @@ impl Report {
             retries: counters.retries(),
             identities,
             redirect_counters: counters.redirect(),
+            acts_not_played: unplayed,
             wire,
             plaintext_bytes_on_wire,
             events: events.to_vec(),
@@ -156,6 +163,9 @@ impl fmt::Display for Report {
             for (name, n) in counters {
                 writeln!(f, "  redirect    {node} {name} {n}")?;
             }
+        }
+        if self.acts_not_played > 0 {
+            writeln!(f, "  story       {} acts were not played: give it more time", self.acts_not_played)?;
         }
         let w = &self.wire;
         writeln!(
