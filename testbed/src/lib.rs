@@ -24,6 +24,7 @@ mod pcap;
 pub mod programs;
 pub mod teardown;
 mod topology;
+pub mod totals;
 pub mod wait;
 
 pub use capture::Capture;

@@ -1,10 +1,10 @@
-//! The nodes' counters, added up over restarts of their workers.
+//! What the demo tells of the nodes' counters.
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
 use testbed::Mesh;
-use testbed::metrics::Sample;
+use testbed::totals::Totals;
 
 /// Requests and connections from one identity to another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -13,58 +13,30 @@ pub(super) struct Conversation {
     pub(super) connections: u64,
 }
 
-/// One counter of one node.
-#[derive(Debug, Clone, Default)]
-struct Counter {
-    sample: Option<Sample>,
-    last: f64,
-    /// What it had reached before it began again at 0.
-    before: f64,
-}
-
 /// All counters that were seen.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
-    counters: BTreeMap<(String, String), Counter>,
+    totals: Totals,
 }
 
 impl Counters {
-    /// Reads the metrics of all nodes. A node that does not answer keeps its values: its worker may just be restarting.
+    /// Reads the metrics of all nodes.
     pub(super) fn look(&mut self, mesh: &Mesh) -> Result<()> {
         for node in mesh.nodes() {
-            let answer = node.admin("/metrics")?;
-            if !answer.status.success() {
-                continue;
-            }
-            for sample in testbed::Metrics::parse(&answer.ok()?)?.samples {
-                let key = (node.name(), format!("{}{:?}", sample.name, sample.labels));
-                let counter = self.counters.entry(key).or_default();
-                if sample.value < counter.last {
-                    counter.before += counter.last;
-                }
-                counter.last = sample.value;
-                counter.sample = Some(sample);
-            }
+            self.totals.look(node)?;
         }
         Ok(())
     }
 
-    fn each(&self) -> impl Iterator<Item = (&str, &Sample, u64)> {
-        self.counters.iter().filter_map(|((node, _), c)| {
-            let total = (c.before + c.last).max(0.0);
-            c.sample.as_ref().map(|s| (node.as_str(), s, total as u64))
-        })
-    }
-
     /// Requests that the mesh tried again.
     pub(super) fn retries(&self) -> u64 {
-        self.each().filter(|(_, s, _)| s.name == "sockmesh_retries_total").map(|(_, _, n)| n).sum()
+        self.totals.each().filter(|(_, s, _)| s.name == "sockmesh_retries_total").map(|(_, _, n)| n).sum()
     }
 
     /// Who talked to whom, as the receiving node saw it from the certificates.
     pub(super) fn conversations(&self) -> BTreeMap<(String, String), Conversation> {
         let mut found: BTreeMap<_, Conversation> = BTreeMap::new();
-        for (_, sample, n) in self.each().filter(|(_, s, _)| s.label("reporter") == "destination") {
+        for (_, sample, n) in self.totals.each().filter(|(_, s, _)| s.label("reporter") == "destination") {
             let pair = (
                 sample.label("source_principal").to_owned(),
                 sample.label("destination_principal").to_owned(),
@@ -82,7 +54,7 @@ impl Counters {
     pub(super) fn redirect(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
         let mut found: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
         for (node, sample, n) in
-            self.each().filter(|(_, s, n)| s.name.starts_with("sockmesh_redirect_") && *n > 0)
+            self.totals.each().filter(|(_, s, n)| s.name.starts_with("sockmesh_redirect_") && *n > 0)
         {
             let labels: Vec<String> = sample.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
             let name = if labels.is_empty() {
