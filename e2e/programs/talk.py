@@ -76,6 +76,11 @@ def serve_web(conn):
             conn.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
 
 
+def serve_silent(conn):
+    """Listens and never answers."""
+    read_all(conn)
+
+
 def serve_reset(conn):
     conn.recv(1)
     conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
@@ -392,9 +397,12 @@ def connect_by_io_uring(conn, host, port):
 
 
 def opened(kind, family):
-    """A socket of one of the kinds that an application may use."""
+    """A socket of one of the kinds that an application may use. A kernel without MPTCP fails in `socket`."""
     if kind == "mptcp":
-        return socket.socket(family, socket.SOCK_STREAM, 262)  # IPPROTO_MPTCP
+        try:
+            return socket.socket(family, socket.SOCK_STREAM, 262)  # IPPROTO_MPTCP
+        except OSError as e:
+            raise OSError(e.errno, "socket") from e
     return socket.socket(family, socket.SOCK_STREAM)
 
 
@@ -431,7 +439,7 @@ def kind(kind, host, port):
             conn.sendall(b"ping")
         say(answer=conn.recv(4, socket.MSG_WAITALL).decode(), peer=conn.getpeername()[0])
     except OSError as e:
-        say(error=type(e).__name__, errno=errno.errorcode.get(e.errno))
+        say(error=type(e).__name__, errno=errno.errorcode.get(e.errno), call=e.strerror)
 
 
 def call(behaviour, host, port):

@@ -1,9 +1,11 @@
 //! Scenarios on a whole mesh, with real programs.
 //!
 //! [`runner`] runs them one after the other and counts; a [`stage`] is the mesh that a scenario plays on, and ends it
-//! with two gates: no refusal that the scenario did not announce, and no error in the mesh's logs that it did not.
+//! with the gates of `gates`: what the mesh counted and logged is what the scenario announced, and it did go through
+//! the mesh.
 //! [`talk`] runs the small TCP programs of `programs/talk.py`.
 
+mod gates;
 pub mod runner;
 pub mod stage;
 pub mod talk;

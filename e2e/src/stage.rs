@@ -1,4 +1,4 @@
-//! The mesh that a scenario plays on, and the gates at its end.
+//! The mesh that a scenario plays on; [`crate::gates`] says what holds at its end.
 //!
 //! | pod | node | namespace | in the mesh |
 //! |---|---|---|---|
@@ -9,17 +9,14 @@
 
 use std::cell::RefCell;
 use std::net::IpAddr;
+use std::ops::RangeBounds;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use serde_json::json;
-use testbed::metrics::Sample;
-use testbed::{Mesh, Pod, PodSpec};
+use testbed::{Mesh, Node, Pod, PodSpec};
 
 use crate::Outcome;
-
-/// Branches of the redirection on which traffic is refused, or passed without the mesh because something is missing.
-const REFUSING: &[&str] =
-    &["_refused_", "_dropped_", "_passed_no_listener", "handoff_full", "handoff_no_memory"];
+use crate::gates::{Gates, Kind, is_of_mesh};
 
 /// A mesh with two nodes and four pods.
 #[derive(Debug)]
@@ -34,8 +31,8 @@ pub struct Stage {
     pub far: Pod,
     /// A pod outside the mesh, on the client's node.
     pub stranger: Pod,
-    refusals: RefCell<Vec<String>>,
-    errors: RefCell<Vec<String>>,
+    gates: Gates,
+    missing: RefCell<Option<String>>,
 }
 
 impl Stage {
@@ -73,8 +70,7 @@ impl Stage {
         };
         let (client, near, far) = (shop("client", 1)?, shop("near", 1)?, shop("far", 2)?);
         let stranger = mesh.pod(PodSpec::new("legacy", "stranger").node(1))?;
-        let (refusals, errors) = (RefCell::default(), RefCell::default());
-        Ok(Self { mesh, client, near, far, stranger, refusals, errors })
+        Ok(Self { mesh, client, near, far, stranger, gates: Gates::default(), missing: RefCell::default() })
     }
 
     /// Starts the mesh and enrols the pods.
@@ -86,7 +82,8 @@ impl Stage {
         for pod in [&self.client, &self.near, &self.far] {
             self.explain(self.mesh.enrol(pod))?;
         }
-        self.explain(self.mesh.settle())
+        self.explain(self.mesh.settle())?;
+        self.explain(self.gates.begin(&self.mesh))
     }
 
     /// The servers on the client's own node and on the other one, each at its addresses of both families.
@@ -119,14 +116,62 @@ impl Stage {
         Ok(self.mesh.node(node).metrics()?.sum("sockmesh_redirect_total", &[("branch", branch)]))
     }
 
-    /// Announces refusals of this kind: a reason flag (`PLAIN`) or a branch of the redirection.
-    pub fn announce_refusal(&self, kind: &str) {
-        self.refusals.borrow_mut().push(kind.to_owned());
+    /// Announces refusals of this kind, and how often: a reason (`PLAIN`) or a branch of the redirection, on all nodes
+    /// together.
+    pub fn announce_refusal(&self, kind: &str, times: impl RangeBounds<u64>) {
+        self.gates.announce(Kind::Refusal, kind, times);
+    }
+
+    /// Announces requests and TCP connections that end with this flag, and how often, all reporters together.
+    pub fn announce_flag(&self, flag: &str, times: impl RangeBounds<u64>) {
+        self.gates.announce(Kind::Flag, flag, times);
+    }
+
+    /// Announces that no pod of the mesh opens a connection which the mesh captures.
+    pub fn announce_that_nothing_is_sent(&self) {
+        self.gates.sends_nothing.set(true);
+    }
+
+    /// Announces that no connection comes to a pod's listeners of the mesh.
+    pub fn announce_that_nothing_is_received(&self) {
+        self.gates.receives_nothing.set(true);
+    }
+
+    /// Says that this machine lacks what the story needs; it then counts as skipped.
+    pub fn skip(&self, reason: String) {
+        *self.missing.borrow_mut() = Some(reason);
     }
 
     /// Announces log lines of level error that hold `text`.
     pub fn announce_error(&self, text: &str) {
-        self.errors.borrow_mut().push(text.to_owned());
+        self.gates.announce_error(text);
+    }
+
+    /// Kills a node's workers, once what they counted is noted, and waits for others.
+    ///
+    /// # Errors
+    /// When there is no worker, or no other one comes.
+    pub fn kill_workers(&self, node: &Node) -> Result<()> {
+        self.gates.look(node)?;
+        node.kill_workers()
+    }
+
+    /// Kills all of a node's mesh processes, once what they counted is noted.
+    ///
+    /// # Errors
+    /// When one does not end.
+    pub fn kill_node_proxy(&self, node: &Node) -> Result<()> {
+        self.gates.look(node)?;
+        self.mesh.kill_node_proxy(node)
+    }
+
+    /// Removes the mesh from a node, once what it counted is noted.
+    ///
+    /// # Errors
+    /// When that fails or leaves the agent running.
+    pub fn uninstall(&self, node: &Node) -> Result<()> {
+        self.gates.look(node)?;
+        self.mesh.uninstall(node)
     }
 
     /// Adds the last lines of the mesh's logs to an error, since they go with the mesh.
@@ -157,42 +202,12 @@ impl Stage {
     /// The story's own, or what came to the gates.
     pub fn play(self, story: impl FnOnce(&Self) -> Result<()>) -> Result<Outcome> {
         self.explain(story(&self))?;
-        self.explain(self.gate_of_refusals())?;
-        self.gate_of_errors()?;
+        if let Some(reason) = self.missing.take() {
+            return Ok(Outcome::Skipped(reason));
+        }
+        self.explain(self.gates.counters(&self.mesh))?;
+        self.gates.errors(&self.mesh)?;
         Ok(Outcome::Passed)
-    }
-
-    fn gate_of_refusals(&self) -> Result<()> {
-        let announced = self.refusals.borrow();
-        for node in self.mesh.nodes() {
-            // A scenario may end with a node that does not run any more.
-            if node.mesh_pids()?.is_empty() {
-                continue;
-            }
-            let metrics =
-                node.metrics().with_context(|| format!("cannot read the metrics of {}", node.name()))?;
-            for sample in metrics.samples.iter().filter(|s| s.value > 0.0) {
-                if let Some(kind) = refusal(sample)
-                    && !announced.iter().any(|a| a == kind)
-                {
-                    let (name, n) = (node.name(), sample.value);
-                    bail!("{name} counted {n} unexpected refusals of kind {kind} ({})", sample.name);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn gate_of_errors(&self) -> Result<()> {
-        let announced = self.errors.borrow();
-        for (name, log) in self.mesh.logs()?.iter().filter(|(name, _)| is_of_mesh(name)) {
-            for line in log.lines().filter(|l| is_error(l)) {
-                if !announced.iter().any(|a| line.contains(a.as_str())) {
-                    bail!("an error in {name} that was not announced:\n{line}");
-                }
-            }
-        }
-        Ok(())
     }
 }
 
@@ -200,50 +215,4 @@ impl Stage {
 #[must_use]
 pub fn addresses(pod: &Pod) -> [IpAddr; 2] {
     [pod.v4().into(), pod.v6().into()]
-}
-
-/// What kind of refusal a counter counts, `None` if none.
-fn refusal(sample: &Sample) -> Option<&str> {
-    match sample.name.as_str() {
-        "sockmesh_refused_total" => Some(sample.label("reason")),
-        "sockmesh_redirect_total" => {
-            Some(sample.label("branch")).filter(|b| REFUSING.iter().any(|r| b.contains(r)))
-        }
-        _ => None,
-    }
-}
-
-/// Whether a log is of the mesh's own processes and not of an application.
-fn is_of_mesh(name: &str) -> bool {
-    name.starts_with("control-") || name.contains("-agent.")
-}
-
-/// Whether a line of the mesh's JSON logs is an error. A line that is no JSON is a panic's, and counts.
-fn is_error(line: &str) -> bool {
-    line.contains("\"level\":\"ERROR\"") || (line.contains("panicked at") && !line.starts_with('{'))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_gates_know_refusals_and_errors() {
-        let sample = |name: &str, label: &str, value: &str| Sample {
-            name: name.to_owned(),
-            labels: [(label.to_owned(), value.to_owned())].into(),
-            value: 1.0,
-        };
-        assert_eq!(refusal(&sample("sockmesh_refused_total", "reason", "PLAIN")), Some("PLAIN"));
-        let branch = |branch| sample("sockmesh_redirect_total", "branch", branch);
-        assert_eq!(refusal(&branch("connect_refused_no_endpoint")), Some("connect_refused_no_endpoint"));
-        assert_eq!(refusal(&branch("inbound_passed_no_listener")), Some("inbound_passed_no_listener"));
-        assert_eq!(refusal(&branch("connect_captured_v4")), None);
-        assert_eq!(refusal(&sample("istio_requests_total", "reason", "PLAIN")), None);
-        assert!(is_error(r#"{"timestamp":"x","level":"ERROR","fields":{}}"#));
-        assert!(is_error("thread 'worker-0' panicked at src/lib.rs:1:1:"));
-        assert!(!is_error(r#"{"timestamp":"x","level":"INFO","fields":{"message":"no error"}}"#));
-        assert!(is_of_mesh("n1-agent.log") && is_of_mesh("control-sockmesh-controller.log"));
-        assert!(!is_of_mesh("far-nginx.log"));
-    }
 }

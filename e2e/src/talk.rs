@@ -85,7 +85,8 @@ pub fn call_with(
 /// `io_uring`.
 ///
 /// # Errors
-/// When it cannot run. That the connection failed is in the answer: members `error` and `errno`.
+/// When it cannot run. That the connection failed is in the answer: members `error`, `errno`, and `call` where the
+/// system call is known (`socket`, `io_uring_setup`, `connect`).
 pub fn ask(pod: &Pod, kind: &str, to: impl Into<IpAddr>, port: u16) -> Result<Value> {
     let program = python(pod, "kind", kind).arg(to.into().to_string()).arg(port.to_string()).label(kind);
     let out = program.output()?.ok()?;

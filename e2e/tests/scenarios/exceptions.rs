@@ -89,7 +89,7 @@ pub(crate) fn a_port_without_mtls_is_open_to_everybody_and_no_other_one() -> Res
 
 fn only_this_port_is_open(annotation: &str) -> Result<Outcome> {
     Stage::new()?.play(|stage| {
-        stage.announce_refusal("PLAIN");
+        stage.announce_refusal("PLAIN", 12..);
         for server in [&stage.near, &stage.far] {
             let [strict, first, second] = [7000, 7001, 7002].map(|port| talk::serve(server, "echo", port));
             let (strict, first, second) = (strict?, first?, second?);
@@ -130,7 +130,7 @@ fn only_this_port_is_open(annotation: &str) -> Result<Outcome> {
 
 pub(crate) fn an_excluded_source_reaches_a_strict_pod_and_no_other_one_does() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
-        stage.announce_refusal("PLAIN");
+        stage.announce_refusal("PLAIN", 6..);
         let other = stage.mesh.pod(PodSpec::new("legacy", "other").node(1))?;
         let friend = &stage.stranger;
         for server in [&stage.near, &stage.far] {
@@ -163,7 +163,9 @@ fn gateway(node: u8, like: IpAddr) -> String {
 
 pub(crate) fn probes_of_the_node_itself_reach_a_strict_pod_and_those_who_pretend_do_not() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
-        stage.announce_refusal("PLAIN");
+        // The probes are not the pods'.
+        stage.announce_that_nothing_is_sent();
+        stage.announce_refusal("PLAIN", 8..);
         let pod = |name: &str, port| stage.mesh.pod(PodSpec::new("shop", name).node(1).probe_port(port));
         let (web, raw) = (pod("web", 8080)?, pod("raw", 7000)?);
         for pod in [&web, &raw] {

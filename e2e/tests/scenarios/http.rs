@@ -144,6 +144,10 @@ pub(crate) fn a_replica_that_is_killed_under_load_fails_no_idempotent_request() 
         }
         load.signal(nix::sys::signal::Signal::SIGTERM)?;
         load.wait(LIMIT)?;
+        // How the tries ended that others replaced; only the server's side counts those.
+        for flag in ["UF", "UC", "UR"] {
+            stage.announce_flag(flag, ..);
+        }
         let report = LoadReport::last(&load)?;
         ensure!(report.failed == 0, "requests failed: {report:?}");
         ensure!(report.servers.len() == 3, "not all replicas were used: {report:?}");
@@ -188,6 +192,7 @@ pub(crate) fn a_post_that_reached_no_application_is_served_by_another_replica() 
         ensure!(report.failed == 0, "requests failed: {report:?}");
         let retries = stage.mesh.node(1).metrics()?.sum("sockmesh_retries_total", &[("reason", "connect")]);
         ensure!(retries > 0.0, "nothing was retried, so nothing was put to the test");
+        stage.announce_flag("UF", 1..);
         Ok(())
     })
 }
@@ -207,6 +212,9 @@ pub(crate) fn a_service_that_cannot_be_reached_answers_503_with_its_reason() -> 
         let answer = out.output()?.ok()?.to_lowercase();
         ensure!(answer.starts_with("http/1.1 503"), "{answer}");
         ensure!(answer.contains("x-sockmesh-reason: "), "{answer}");
+        // Three tries, as the server's side counts them, and one answer.
+        stage.announce_flag("UF", 4..=4);
+        stage.announce_flag("URX", 1..=1);
         Ok(())
     })
 }

@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::{Outcome, Stage, talk};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use testbed::load::{LoadReport, load};
 use testbed::{Node, Pod, PodSpec, Process, programs, wait};
 
 const LIMIT: Duration = Duration::from_secs(120);
+const MIB: u64 = 1 << 20;
 
 pub(crate) fn five_thousand_http_connections_at_the_same_time_are_served() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
@@ -40,6 +42,9 @@ pub(crate) fn five_thousand_tcp_connections_at_the_same_time_are_each_their_own(
 pub(crate) fn iperf3_moves_its_streams_in_every_direction() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
         testbed::mesh::need(&[("iperf3", "iperf3")])?;
+        // Whoever has what he wants goes away, whatever is still on its way.
+        stage.announce_flag("DC", ..);
+        stage.announce_flag("UC", ..);
         let serve = |pod: &Pod| -> Result<Process> {
             let mut process = pod.launch("iperf3").args(["--server", "--port", "5201"]).spawn()?;
             process.wait_for_port(5201, LIMIT)?;
@@ -110,7 +115,10 @@ pub(crate) fn a_pod_takes_no_more_connections_than_it_may_from_either_node() -> 
         };
         // Each has room for more itself; it is the server's share that is used up.
         let (_first, mut second, _third) = (hold(&stage.client)?, hold(&friend)?, hold(&stage.far)?);
-        stage.announce_refusal("OB");
+        stage.announce_refusal("OB", 1..);
+        // As the clients' sides see it; the one on another node does not get as far as a handshake.
+        stage.announce_flag("UO", 2..);
+        stage.announce_flag("TLS", 1..);
         for pod in [&stage.client, &friend, &stage.far] {
             let end = talk::call(pod, "look", address, 7000)?;
             ensure!(end["error"] == "ConnectionResetError", "{} beyond the limit: {end}", pod.name());
@@ -130,28 +138,85 @@ pub(crate) fn a_pod_takes_no_more_connections_than_it_may_from_either_node() -> 
 
 pub(crate) fn readers_that_do_not_read_cost_little_memory() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
-        let _flood = talk::serve(&stage.far, "flood", 7000)?;
+        // The readers are killed at the end.
+        stage.announce_flag("DC", ..);
+        let _floods = [talk::serve(&stage.near, "flood", 7000)?, talk::serve(&stage.far, "flood", 7000)?];
         let before: Vec<u64> = stage.mesh.nodes().iter().map(resident_kib).collect::<Result<_>>()?;
         let mut readers = Vec::new();
-        for _ in 0..20 {
-            let mut reader =
-                talk::caller(&stage.client, "take-nothing", stage.far.v4().into(), 7000).spawn()?;
-            reader.wait_for_log("received", LIMIT)?;
-            readers.push(reader);
+        for server in [&stage.near, &stage.far] {
+            for _ in 0..20 {
+                let to = server.v4().into();
+                let mut reader = talk::caller(&stage.client, "take-nothing", to, 7000).spawn()?;
+                reader.wait_for_log("received", LIMIT)?;
+                readers.push(reader);
+            }
         }
-        // All buffers on the way fill up; once nothing has moved for a while, nothing will.
-        let bytes = || stage.mesh.node(1).metrics().map(|m| m.sum("istio_tcp_received_bytes_total", &[]));
-        let (mut last, mut same) = (bytes()?, 0);
-        wait::until("the floods to stand still", LIMIT, || {
-            let now = bytes()?;
-            same = if now == last { same + 1 } else { 0 };
-            last = now;
-            Ok((same >= 10).then_some(()))
-        })?;
+        let sent = || stage.mesh.node(1).metrics().map(|m| m.sum("istio_tcp_sent_bytes_total", &[]) as u64);
+        still("the floods", sent, 40 * MIB)?;
         for (node, before) in stage.mesh.nodes().iter().zip(before) {
             let grown = resident_kib(node)?.saturating_sub(before);
             // A relay's two buffers of 32 KiB, TLS records and tasks: far below what an unbounded reader would take.
-            ensure!(grown < 20 * 512, "20 readers that do not read cost {} {grown} KiB", node.name());
+            ensure!(grown < 40 * 512, "40 readers that do not read cost {} {grown} KiB", node.name());
+        }
+        Ok(())
+    })
+}
+
+/// Waits until all buffers on the way are full: something moved, and once nothing has moved for a while, nothing will.
+fn still(what: &str, moved: impl Fn() -> Result<u64>, most: u64) -> Result<()> {
+    let (mut last, mut same) = (moved()?, 0);
+    wait::until(&format!("{what} to stand still"), LIMIT, || {
+        let now = moved()?;
+        ensure!(now < most, "{what} sent {now} bytes to readers that do not read");
+        same = if now == last && now > 0 { same + 1 } else { 0 };
+        last = now;
+        Ok((same >= 20).then_some(()))
+    })
+}
+
+/// Bytes that a program wrote, to files and sockets.
+fn written(process: &Process) -> Result<u64> {
+    let io = fs::read_to_string(format!("/proc/{}/io", process.pid()))?;
+    let line = io.lines().find_map(|l| l.strip_prefix("wchar: ")).context("no wchar")?;
+    Ok(line.parse()?)
+}
+
+pub(crate) fn http_clients_that_stop_reading_cost_little_memory() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        // The readers are killed at the end.
+        stage.announce_flag("DC", ..);
+        let one = [programs::nginx(&stage.near, 8080)?, programs::nginx(&stage.far, 8080)?];
+        let two = [programs::nginx_http2(&stage.near, 8082)?, programs::nginx_http2(&stage.far, 8082)?];
+        for server in [&stage.near, &stage.far] {
+            // A hole: it has a length and takes no room.
+            fs::File::create(server.dir().join("www").join("endless"))?.set_len(100 << 30)?;
+        }
+        let before: Vec<u64> = stage.mesh.nodes().iter().map(resident_kib).collect::<Result<_>>()?;
+        let mut readers = Vec::new();
+        for (version, port) in [("--http1.1", 8080), ("--http2-prior-knowledge", 8082)] {
+            for server in [&stage.near, &stage.far] {
+                for n in 0..10 {
+                    let copy = stage.client.dir().join(format!("{port}-{}-{n}", server.name()));
+                    let curl =
+                        stage.client.launch("curl").args(["-sS", version, "--limit-rate", "100K", "-o"]);
+                    let url = format!("http://{}:{port}/files/endless", server.v4());
+                    let mut curl = curl.arg(&copy).arg(url).spawn()?;
+                    curl.wait_for_file(&copy, LIMIT)?;
+                    // A program that does nothing more, and whose kernel keeps its connections.
+                    curl.signal(Signal::SIGSTOP)?;
+                    readers.push(curl);
+                }
+            }
+        }
+        for nginx in one.iter().chain(&two) {
+            still(nginx.name(), || written(nginx), 400 * MIB)?;
+        }
+        for (node, before) in stage.mesh.nodes().iter().zip(before) {
+            let grown = resident_kib(node)?.saturating_sub(before);
+            // At most a read buffer for HTTP/1, a stream's receive window of 256 KiB for HTTP/2, and what TLS and the
+            // tunnel's streams hold.
+            println!("{} grew by {grown} KiB for 40 readers", node.name());
+            ensure!(grown < 40 * 1024, "40 readers that do not read cost {} {grown} KiB", node.name());
         }
         Ok(())
     })
