@@ -65,6 +65,14 @@ pub fn nginx_tls(pod: &Pod, port: u16) -> Result<(Process, PathBuf)> {
     Ok((nginx_with(pod, port, "ssl http2", &lines)?, certificate))
 }
 
+/// nginx on `port` that answers everything with this status.
+///
+/// # Errors
+/// When nginx is missing or does not start.
+pub fn nginx_that_answers(pod: &Pod, port: u16, status: u16) -> Result<Process> {
+    nginx_with(pod, port, "", &format!("return {status};"))
+}
+
 /// nginx with these words after each `listen`, and these lines in its server.
 fn nginx_with(pod: &Pod, port: u16, listen: &str, lines: &str) -> Result<Process> {
     need(&[("nginx", "nginx-light")])?;

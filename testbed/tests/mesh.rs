@@ -332,8 +332,8 @@ fn the_load_program_waits_at_its_end_for_what_is_on_its_way_and_counts_it() {
         LoadReport::last(&load).unwrap()
     };
     let lost = until_stopped(7000, 2, &["--concurrency", "2", "--timeout", "1"]);
-    assert_eq!((lost.sent, lost.ok, lost.reasons["timeout"]), (lost.failed, 0, lost.failed));
-    assert!(lost.failed >= 2, "{lost:?}");
+    assert_eq!((lost.sent, lost.ok), (lost.failed, 0));
+    assert!(lost.reasons["timeout"] >= 2, "{lost:?}");
     for pace in [&["--concurrency", "8"][..], &["--rate", "50"]] {
         let good = until_stopped(8080, 20, pace);
         assert_eq!((good.sent, good.failed), (good.ok, 0));
