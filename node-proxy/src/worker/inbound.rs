@@ -10,6 +10,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use http::StatusCode;
@@ -31,8 +32,9 @@ use super::policy::{self, Asker};
 use super::read_ahead::ReadAhead;
 use super::reason::Reason;
 use super::relay::{self, Relay};
+use super::report::ConnectionReport;
 use super::sockets::canonical;
-use super::telemetry::{Direction, Side};
+use super::telemetry::{Direction, Pair, Reporter, Security, Side};
 use super::thread::Thread;
 use super::tunnel::HBONE_ALPN;
 use super::tunnel::answer;
@@ -200,15 +202,25 @@ async fn plain(
         // Not known counts as not from the node: fails closed.
         Some(Err(_)) | None => false,
     };
-    let asker = if from_node { Asker::Node } else { Asker::Unknown };
-    if let Err(reason) = policy::admit(&destination.workload, local.port(), asker) {
-        let what = "the pod is strict and the peer bears no identity";
-        return refuse(thread, pod, stream, peer, reason, what);
-    }
     let (found, source) = match thread.shared.mesh.state() {
         Ok(mesh) => (mesh.service_of(local.ip(), local.port()), mesh.by_address(peer.ip())),
         Err(_) => (None, None),
     };
+    let asker = if from_node { Asker::Node } else { Asker::Unknown };
+    if let Err(reason) = policy::admit(&destination.workload, local.port(), asker) {
+        let pair = Pair {
+            reporter: Reporter::Destination,
+            source: source.as_deref(),
+            destination: Some(&destination),
+            service: found.as_ref().map(|(service, _)| &**service),
+            security: Security::None,
+        };
+        let (upstream, reasons) = (None, reason.into());
+        let (duration, received, sent) = (Duration::ZERO, 0, 0);
+        ConnectionReport { pair: &pair, upstream, reasons, duration, received, sent }.send(thread);
+        let what = "the pod is strict and the peer bears no identity";
+        return refuse(thread, pod, stream, peer, reason, what);
+    }
     let left_alone = from_node || destination.workload.mtls_mode(local.port()) == MtlsMode::Disabled;
     let protocol = match &found {
         _ if left_alone => AppProtocol::Tcp,
