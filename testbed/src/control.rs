@@ -152,6 +152,15 @@ impl Mesh {
         Ok(())
     }
 
+    /// Makes the controller read its CA and roots again, as a person does with SIGHUP.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn reload_controller(&self) -> Result<()> {
+        let control = self.control.lock();
+        control.controller.as_ref().context("the controller does not run")?.signal(Signal::SIGHUP)
+    }
+
     /// Kills the controller.
     ///
     /// # Errors

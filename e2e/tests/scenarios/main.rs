@@ -7,6 +7,7 @@ mod peers;
 mod policy;
 mod protocols;
 mod restarts;
+mod retries;
 mod services;
 mod tcp;
 mod volume;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
         http::a_service_that_cannot_be_reached_answers_503_with_its_reason,
         peers::client_and_server_see_each_others_true_addresses,
         peers::every_kind_of_tcp_socket_is_captured,
+        peers::an_mptcp_socket_is_captured,
         peers::a_connect_through_io_uring_is_captured,
         peers::a_pod_reaches_itself_as_without_a_mesh,
         protocols::http2_with_prior_knowledge_is_balanced_by_request,
@@ -39,6 +41,8 @@ fn main() -> ExitCode {
         tcp::half_closed_connections_go_on_in_the_other_direction,
         tcp::two_gibibytes_arrive_unchanged_both_ways,
         policy::a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it,
+        policy::a_pod_that_left_the_mesh_is_a_stranger_to_those_who_are_in_it,
+        policy::two_pods_of_one_node_shake_hands_where_that_is_asked_for,
         policy::a_stricter_policy_ends_the_plain_connections_that_it_forbids,
         policy::peers_that_the_mesh_did_not_certify_are_refused_by_name,
         exceptions::excluded_destinations_are_reached_without_the_mesh_and_no_others,
@@ -51,11 +55,17 @@ fn main() -> ExitCode {
         services::an_endpoint_that_is_terminating_is_drained_without_losing_a_request,
         services::an_endpoint_that_is_terminating_still_answers_those_who_ask_for_it,
         operators::a_bad_manifest_is_named_and_leaves_the_last_good_state_in_force,
+        operators::the_access_log_tells_who_talked_to_whom_and_how_it_ended,
         operators::wrong_inputs_of_the_nodes_commands_end_with_what_to_do,
         operators::wrong_inputs_of_the_controller_end_with_what_to_do,
+        retries::an_answer_of_503_is_replaced_by_another_replicas_for_a_get_and_not_for_a_post,
+        retries::a_request_that_is_not_answered_in_time_gets_504_with_its_reason,
+        retries::retries_end_with_their_budget_and_the_answer_says_so,
         restarts::a_worker_that_is_killed_under_load_refuses_no_connection_and_sends_nothing_plain,
         restarts::an_agent_that_is_killed_and_comes_back_costs_no_request,
         restarts::a_pod_whose_node_proxy_is_gone_is_refused_and_never_sent_out_plain,
+        restarts::a_pod_that_fails_open_goes_on_without_its_node_proxy_and_one_beside_it_does_not,
+        restarts::a_root_that_is_replaced_under_load_costs_no_request,
         restarts::certificates_that_are_renewed_all_the_time_cost_no_request,
         restarts::a_pod_that_joins_and_leaves_all_the_time_costs_no_request,
         restarts::uninstalling_leaves_nothing_and_gives_the_network_back,
@@ -65,5 +75,6 @@ fn main() -> ExitCode {
         volume::a_pod_takes_no_more_connections_than_it_may_from_either_node,
         volume::iperf3_moves_its_streams_in_every_direction,
         volume::readers_that_do_not_read_cost_little_memory,
+        volume::http_clients_that_stop_reading_cost_little_memory,
     ])
 }

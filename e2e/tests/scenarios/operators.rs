@@ -7,9 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use e2e::{Outcome, Stage, addresses, talk};
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 use testbed::control::binary;
 use testbed::load::{LoadReport, load};
-use testbed::{Finished, programs, wait};
+use testbed::{Finished, ServiceSpec, programs, wait};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -37,6 +38,7 @@ const MISTAKES: &[(&str, &str, &[&str])] = &[
 pub(crate) fn a_bad_manifest_is_named_and_leaves_the_last_good_state_in_force() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
         stage.announce_error("bad manifest");
+        stage.announce_refusal("PLAIN", 2 * MISTAKES.len() as u64..=2 * MISTAKES.len() as u64);
         let _nginx = programs::nginx(&stage.far, 8080)?;
         let _late = talk::serve(&stage.far, "echo", 7000)?;
         let mut load = load(&stage.client)?
@@ -59,7 +61,6 @@ pub(crate) fn a_bad_manifest_is_named_and_leaves_the_last_good_state_in_force() 
             for to in addresses(&stage.far) {
                 let seen = talk::call(&stage.client, "look", to, 7000)?;
                 ensure!(seen["answer"] == "ping", "with {name}, {to}: {seen}");
-                stage.announce_refusal("PLAIN");
                 let seen = talk::call(&stage.stranger, "look", to, 7000)?;
                 ensure!(seen["error"] == "ConnectionResetError", "with {name}, {to} is not strict: {seen}");
             }
@@ -74,6 +75,75 @@ pub(crate) fn a_bad_manifest_is_named_and_leaves_the_last_good_state_in_force() 
         load.wait(LIMIT)?;
         let report = LoadReport::last(&load)?;
         ensure!(report.failed == 0 && report.ok > 0, "{report:?}");
+        Ok(())
+    })
+}
+
+/// Lines of the access log of a node's worker.
+fn access_log(stage: &Stage, node: &str) -> Result<Vec<Value>> {
+    let logs = stage.mesh.logs()?;
+    let lines = logs
+        .iter()
+        .filter(|(name, _)| name.starts_with(&format!("{node}-agent")))
+        .flat_map(|(_, l)| l.lines());
+    let lines = lines.filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    Ok(lines.filter(|line| line.get("reporter").is_some()).collect())
+}
+
+pub(crate) fn the_access_log_tells_who_talked_to_whom_and_how_it_ended() -> Result<Outcome> {
+    let stage = Stage::unmeshed(&[])?;
+    stage.mesh.node_setting("/worker/access_log/format", json!("json"))?;
+    stage.start()?;
+    stage.play(|stage| {
+        let _nginx = programs::nginx(&stage.far, 8080)?;
+        let _echo = talk::serve(&stage.far, "echo", 7000)?;
+        let web = ServiceSpec::new("shop", "web").selector("app", "far").port("http", 80, 8080);
+        let gone = ServiceSpec::new("shop", "gone").selector("app", "far").port("http", 80, 8089);
+        let (web, gone) = (stage.mesh.service(web)?[0], stage.mesh.service(gone)?[0]);
+        stage.mesh.settle()?;
+        let curl =
+            |to: &str| stage.client.launch("curl").args(["-sS", "--max-time", "10", to]).output()?.ok();
+        curl(&format!("http://{web}/?page=1"))?;
+        stage.announce_flag("UF", 4..=4);
+        stage.announce_flag("URX", 1..=1);
+        curl(&format!("http://{gone}/"))?;
+        let seen = talk::call(&stage.client, "look", stage.far.v4(), 7000)?;
+        ensure!(seen["answer"] == "ping", "{seen}");
+        stage.announce_refusal("PLAIN", 1..=1);
+        let seen = talk::call(&stage.stranger, "look", stage.far.v4(), 7000)?;
+        ensure!(seen["error"] == "ConnectionResetError", "{seen}");
+
+        let line = |node: &str, what: &str, is: &dyn Fn(&Value) -> bool| {
+            wait::until(&format!("a line of {what} in the access log of {node}"), LIMIT, || {
+                Ok(access_log(stage, node)?.into_iter().find(|line| is(line)))
+            })
+        };
+        let (client, far) = (stage.client.identity(), stage.far.identity());
+        let between = |line: &Value| -> Result<()> {
+            ensure!(
+                line["source"]["principal"] == client.as_str() && line["source"]["pod"] == "client",
+                "{line}"
+            );
+            ensure!(line["destination"]["principal"] == far.as_str(), "{line}");
+            ensure!(line["destination"]["pod"] == "far" && line["tls"] == "mutual_tls", "{line}");
+            Ok(())
+        };
+        for (node, reporter) in [("n1", "source"), ("n2", "destination")] {
+            let good = line(node, "a good request", &|l| l["status"] == 200)?;
+            between(&good)?;
+            ensure!(good["reporter"] == reporter && good["response_flags"] == "-", "{good}");
+            ensure!(good["method"] == "GET" && good["path"] == "/?page=1" && good["attempts"] == 1, "{good}");
+            let tcp =
+                line(node, "a TCP connection", &|l| l["protocol"] == "tcp" && l["response_flags"] == "-")?;
+            between(&tcp)?;
+            ensure!(tcp["bytes_received"] == 4 && tcp["bytes_sent"] == 4, "{tcp}");
+        }
+        let failed = line("n1", "a request that failed", &|l| l["status"] == 503)?;
+        between(&failed)?;
+        ensure!(failed["response_flags"] == "UF,URX" && failed["attempts"] == 3, "{failed}");
+        let refused = line("n2", "a refused connection", &|l| l["response_flags"] == "PLAIN")?;
+        ensure!(refused["source"]["principal"] == "unknown" && refused["tls"] == "none", "{refused}");
+        ensure!(refused["destination"]["pod"] == "far" && refused["bytes_sent"] == 0, "{refused}");
         Ok(())
     })
 }
@@ -155,6 +225,8 @@ pub(crate) fn wrong_inputs_of_the_nodes_commands_end_with_what_to_do() -> Result
 
 pub(crate) fn wrong_inputs_of_the_controller_end_with_what_to_do() -> Result<Outcome> {
     Stage::unmeshed(&[])?.play(|stage| {
+        stage.announce_that_nothing_is_sent();
+        stage.announce_that_nothing_is_received();
         let dir = stage.mesh.dir().join("wrong");
         for part in ["manifests", "tokens", "half"] {
             std::fs::create_dir_all(dir.join(part))?;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Outcome, Stage, talk};
+use e2e::{Outcome, Stage, addresses, talk};
 use rcgen::string::Ia5String;
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, SanType};
 use serde_json::Value;
@@ -13,7 +13,7 @@ const LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
 
 pub(crate) fn a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
-        stage.announce_refusal("PLAIN");
+        stage.announce_refusal("PLAIN", 4..=4);
         for server in [&stage.near, &stage.far] {
             let echo = talk::serve(server, "echo", 7000)?;
             for address in [IpAddr::from(server.v4()), server.v6().into()] {
@@ -40,6 +40,95 @@ pub(crate) fn a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it() -
         }
         Ok(())
     })
+}
+
+pub(crate) fn a_pod_that_left_the_mesh_is_a_stranger_to_those_who_are_in_it() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let servers = [&stage.near, &stage.far];
+        let echo = [talk::serve(&stage.near, "echo", 7000)?, talk::serve(&stage.far, "echo", 7000)?];
+        let accepted = |n: usize| -> Result<usize> {
+            Ok(echo[n].lines()?.iter().filter(|l| l.get("accepted").is_some()).count())
+        };
+        let targets = || servers.into_iter().enumerate().flat_map(|(n, s)| addresses(s).map(|to| (n, to)));
+        let look = |to: IpAddr| talk::call(&stage.client, "look", to, 7000);
+        for (_, to) in targets() {
+            ensure!(look(to)?["answer"] == "ping", "{to} to one of the mesh");
+        }
+        stage.mesh.unenrol(&stage.client)?;
+        stage.announce_refusal("PLAIN", 4..=4);
+        for (n, to) in targets() {
+            let (before, seen) = (accepted(n)?, look(to)?);
+            ensure!(seen["error"] == "ConnectionResetError", "strict {to} to one that left the mesh: {seen}");
+            ensure!(accepted(n)? == before, "the application at {to} heard of one that left the mesh");
+        }
+        let annotations = [("sockmesh.io/mtls", "permissive")];
+        stage.mesh.namespace("shop", &[("sockmesh.io/mesh", "enabled")], &annotations)?;
+        stage.mesh.settle()?;
+        let captured = || -> Result<f64> {
+            Ok(stage.branch(1, "connect_captured_v4")? + stage.branch(1, "connect_captured_v6")?)
+        };
+        let before = captured()?;
+        for (n, to) in targets() {
+            let heard = accepted(n)?;
+            let seen = look(to)?;
+            ensure!(seen["answer"] == "ping", "permissive {to} to one that left the mesh: {seen}");
+            let own = addresses(&stage.client)[usize::from(to.is_ipv6())];
+            let served = echo[n].line_with("accepted", heard + 1)?;
+            ensure!(served["accepted"] == own.to_string(), "{own} is seen as {served}");
+        }
+        ensure!(captured()? == before, "it did not leave the mesh");
+        Ok(())
+    })
+}
+
+pub(crate) fn two_pods_of_one_node_shake_hands_where_that_is_asked_for() -> Result<Outcome> {
+    for (same_node_mtls, shakes) in [("auto", false), ("always", true)] {
+        let stage = Stage::unmeshed(&[])?;
+        stage.mesh.node_setting("/worker/same_node_mtls", serde_json::json!(same_node_mtls))?;
+        stage.start()?;
+        stage.play(|stage| {
+            if !shakes {
+                stage.announce_that_nothing_is_received();
+            }
+            let echo = talk::serve(&stage.near, "echo", 7000)?;
+            let _nginx = testbed::programs::nginx(&stage.near, 8080)?;
+            for (n, to) in addresses(&stage.near).into_iter().enumerate() {
+                let seen = talk::call(&stage.client, "look", to, 7000)?;
+                ensure!(seen["answer"] == "ping" && seen["peer"] == to.to_string(), "{to}: {seen}");
+                let own = addresses(&stage.client)[usize::from(to.is_ipv6())];
+                let served = echo.line_with("accepted", n + 1)?;
+                ensure!(served["accepted"] == own.to_string(), "{own} is seen as {served}");
+                let url = format!("http://{}/", std::net::SocketAddr::new(to, 8080));
+                let curl = stage.client.launch("curl").args(["-sS", "--fail", "--max-time", "10", &url]);
+                let answer = curl.output()?.ok()?;
+                ensure!(answer.starts_with("near"), "{to}: {answer}");
+            }
+            let metrics = stage.mesh.node(1).metrics()?;
+            for side in ["client", "server"] {
+                let labels = [("side", side), ("result", "success")];
+                let handshakes = metrics.sum("sockmesh_handshakes_total", &labels);
+                ensure!((handshakes > 0.0) == shakes, "{same_node_mtls}: {handshakes} handshakes as {side}");
+            }
+            // Either way both sides know who the other is.
+            let (source, destination) = (stage.client.identity(), stage.near.identity());
+            for reporter in ["source", "destination"] {
+                let labels = [
+                    ("reporter", reporter),
+                    ("source_principal", source.as_str()),
+                    ("destination_principal", destination.as_str()),
+                    ("connection_security_policy", "mutual_tls"),
+                ];
+                let requests = metrics.sum("istio_requests_total", &labels);
+                let connections = metrics.sum("istio_tcp_connections_opened_total", &labels);
+                ensure!(
+                    requests == 2.0 && connections == 2.0,
+                    "{same_node_mtls}, {reporter}: {requests} requests, {connections} connections"
+                );
+            }
+            Ok(())
+        })?;
+    }
+    Ok(Outcome::Passed)
 }
 
 pub(crate) fn a_stricter_policy_ends_the_plain_connections_that_it_forbids() -> Result<Outcome> {
@@ -73,7 +162,7 @@ pub(crate) fn a_stricter_policy_ends_the_plain_connections_that_it_forbids() -> 
             server.line_with("accepted", 3)?;
         }
 
-        stage.announce_refusal("PLAIN");
+        stage.announce_refusal("PLAIN", 4..);
         stage.mesh.namespace(
             "shop",
             &[("sockmesh.io/mesh", "enabled")],
@@ -118,6 +207,7 @@ fn certificate(issuer: &Issuer<'_, KeyPair>, identity: &str, days: [i64; 2]) -> 
 
 pub(crate) fn peers_that_the_mesh_did_not_certify_are_refused_by_name() -> Result<Outcome> {
     Stage::new()?.play(|stage| {
+        stage.announce_that_nothing_is_sent();
         let state = stage.mesh.dir().join("controller");
         let read =
             |file: &str| std::fs::read_to_string(state.join(file)).with_context(|| format!("no {file}"));
@@ -149,10 +239,10 @@ pub(crate) fn peers_that_the_mesh_did_not_certify_are_refused_by_name() -> Resul
         call(&certificate(&own, stranger, [-1, 1])?)?;
         wait::until("a handshake to succeed", LIMIT, || Ok((handshakes("success")? > before).then_some(())))?;
         // It says nothing, and a tunnel needs a header.
-        stage.announce_refusal("DPE");
+        stage.announce_refusal("DPE", 1..=1);
 
-        stage.announce_refusal("TLS");
-        stage.announce_refusal("IDM");
+        stage.announce_refusal("TLS", 1..=6);
+        stage.announce_refusal("IDM", ..=6);
         let elsewhere = "spiffe://elsewhere.example/ns/legacy/sa/default";
         for (code, certificate) in [
             ("wrong_trust_domain", certificate(&own, elsewhere, [-1, 1])?),
