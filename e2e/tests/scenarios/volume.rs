@@ -215,7 +215,6 @@ pub(crate) fn http_clients_that_stop_reading_cost_little_memory() -> Result<Outc
             let grown = resident_kib(node)?.saturating_sub(before);
             // At most a read buffer for HTTP/1, a stream's receive window of 256 KiB for HTTP/2, and what TLS and the
             // tunnel's streams hold.
-            println!("{} grew by {grown} KiB for 40 readers", node.name());
             ensure!(grown < 40 * 1024, "40 readers that do not read cost {} {grown} KiB", node.name());
         }
         Ok(())
