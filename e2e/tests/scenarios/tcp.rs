@@ -47,6 +47,8 @@ fn hear_the_banner(stage: &Stage) -> Result<()> {
 
 pub(crate) fn databases_work_through_the_mesh() -> Result<Outcome> {
     impatient()?.play(|stage| {
+        // A server that is ended here may not have read its last client's goodbye yet: then its kernel resets.
+        stage.announce_flag("UC", ..=6);
         let capture = Capture::start(&stage.mesh, 1, 2)?;
         for server in [&stage.near, &stage.far] {
             let _mariadb = programs::mariadb(server, 3306)?;
