@@ -4,6 +4,7 @@
 //! up when a handshake begins, so that neither a renewed certificate nor another bundle means making it again.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
@@ -15,6 +16,7 @@ use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig, SignatureScheme};
 use rustls_pki_types::CertificateDer;
+use tokio::sync::Notify;
 
 use super::peer::peer_identity;
 use super::provider::provider;
@@ -87,6 +89,8 @@ impl Pod {
 #[derive(Debug)]
 pub struct SvidStore {
     pods: RwLock<HashMap<Arc<str>, Arc<Pod>>>,
+    /// Some pod has got a certificate.
+    came: Notify,
     trust: TrustHandle,
     channels: Arc<SignChannels>,
 }
@@ -95,7 +99,7 @@ impl SvidStore {
     /// None yet.
     #[must_use]
     pub fn new(trust: TrustHandle, channels: Arc<SignChannels>) -> Self {
-        Self { pods: RwLock::default(), trust, channels }
+        Self { pods: RwLock::default(), came: Notify::new(), trust, channels }
     }
 
     /// Gives a pod its certificate (leaf first, DER), or another one, which the next handshake shows.
@@ -119,7 +123,21 @@ impl SvidStore {
         let svid = Arc::new(Svid { certified, spiffe: own.spiffe, not_after_unix });
         let pod = Arc::clone(self.pods.write().entry(uid.into()).or_default());
         pod.current.store(Some(svid));
+        self.came.notify_waiters();
         Ok(())
+    }
+
+    /// Completes when the pod has a certificate.
+    pub async fn certified(&self, uid: &str) {
+        loop {
+            let mut came = pin!(self.came.notified());
+            // From here on nothing is missed.
+            came.as_mut().enable();
+            if self.identity(uid).is_some() {
+                return;
+            }
+            came.await;
+        }
     }
 
     /// Forgets a pod. Handshakes that it has under way may still finish or fail.

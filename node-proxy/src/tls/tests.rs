@@ -522,3 +522,20 @@ fn a_keyd_that_does_not_answer_is_given_up_after_the_timeout() {
     assert_eq!(channels.sign("key", b"x"), Err(signer::SignError::Timeout(Duration::from_millis(20))));
     assert_eq!(channels.alive(), 0, "a late answer must not be taken for that to another request");
 }
+
+#[tokio::test]
+async fn whoever_waits_for_a_certificate_goes_on_when_it_comes() {
+    let ca = authority();
+    let node = Node::trusting(&ca);
+    let waiting = node.tls.svids.certified("client");
+    let issuing = async {
+        // Another pod's is not the one.
+        node.certify(&ca, "other", DB);
+        tokio::task::yield_now().await;
+        assert!(node.tls.svids.identity("client").is_none());
+        node.certify(&ca, "client", WEB);
+    };
+    tokio::join!(waiting, issuing);
+    assert_eq!(node.tls.svids.identity("client"), Some(id(WEB)));
+    node.tls.svids.certified("client").await;
+}

@@ -234,11 +234,11 @@ async fn tls(
     if destination.port() == TUNNEL_PORT {
         return Err(DialError::OwnPort(destination));
     }
-    let connector = workload
-        .identity
-        .as_ref()
-        .ok_or(Refusal::NoTrust)
-        .and_then(|expected| shared.tls.connector(&pod.uid, expected, alpn))
+    let expected = workload.identity.as_ref().ok_or(Refusal::NoTrust);
+    let connector = || expected.clone().and_then(|expected| shared.tls.connector(&pod.uid, expected, alpn));
+    let connector = shared
+        .certified(pod, connector)
+        .await
         .map_err(|e| DialError::NoCertificate(Arc::clone(&pod.uid), e))?;
     let tunnel = SocketAddr::new(destination.ip(), TUNNEL_PORT);
     let stream = tcp(shared, pod, tunnel, None).await?;

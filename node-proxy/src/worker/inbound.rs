@@ -256,7 +256,8 @@ async fn tunnel(
         let what = "the pod has as many handshakes under way as it may";
         return refuse(thread, pod, stream, peer, Reason::OverBudget, what);
     };
-    let acceptor = match shared.tls.acceptor(&pod.uid, &[mux::ALPN, header::ALPN, HBONE_ALPN]) {
+    let acceptor = || shared.tls.acceptor(&pod.uid, &[mux::ALPN, header::ALPN, HBONE_ALPN]);
+    let acceptor = match shared.certified(pod, acceptor).await {
         Ok(acceptor) => acceptor,
         Err(refusal) => {
             return refuse(thread, pod, stream, peer, Reason::NoCertificate, &refusal.to_string());

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::resilience::PodBudget;
 use super::sockets::SocketPool;
@@ -33,6 +34,8 @@ pub struct LocalPod {
     pub sockets: SocketPool,
     /// Its share of the proxy.
     pub budget: Arc<PodBudget>,
+    /// When this worker got it.
+    pub born: Instant,
     life: watch::Sender<Life>,
     /// Serial of what the mesh says of it; sent whenever its open connections are to be judged again.
     judged: watch::Sender<u64>,
@@ -49,7 +52,8 @@ impl LocalPod {
     ) -> Self {
         let sockets = SocketPool::new(Arc::clone(&uid), socket_batch);
         let life = watch::Sender::new(Life::Running);
-        Self { uid, netns_cookie, listeners, sockets, budget, life, judged: watch::Sender::new(0) }
+        let (born, judged) = (Instant::now(), watch::Sender::new(0));
+        Self { uid, netns_cookie, listeners, sockets, budget, born, life, judged }
     }
 
     /// A configuration is in force in which the pod has the entry with this serial (0 for none). Its open connections

@@ -9,6 +9,7 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, ArcSwapOption};
 use redirect_bpf::FlowMaps;
 use tokio::net::TcpSocket;
+use tokio::time::timeout_at;
 
 use super::balance::load::LoadSettings;
 use super::http::HttpLimits;
@@ -19,7 +20,7 @@ use super::sockets::ToAgentSender;
 use super::telemetry::access_log::AccessLog;
 use super::telemetry::{SignalSettings, Signals, Telemetry};
 use crate::config::{AccessLogFormat, WorkerSettings};
-use crate::tls::Tls;
+use crate::tls::{Refusal, Tls};
 
 /// The pods of this node by UID.
 pub type Pods = HashMap<Arc<str>, Arc<LocalPod>>;
@@ -77,6 +78,28 @@ impl Shared {
             to_agent,
             settings,
         })
+    }
+
+    /// What `make` makes with the pod's certificate. The worker may have got the pod before that: when all of a node's
+    /// processes were started anew, keys are made and signed anew, and meanwhile connections wait as in a backlog. A pod
+    /// that still has none after the time of a handshake is refused at once.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub async fn certified<T>(
+        &self,
+        pod: &LocalPod,
+        make: impl Fn() -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        let made = make();
+        if !matches!(made, Err(Refusal::NoOwnCertificate(_))) {
+            return made;
+        }
+        let until = pod.born + self.settings.timeouts.handshake;
+        match timeout_at(until, self.tls.svids.certified(&pod.uid)).await {
+            Ok(()) => make(),
+            Err(_) => made,
+        }
     }
 
     /// All metrics in Prometheus' text format.
