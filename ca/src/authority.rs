@@ -425,6 +425,12 @@ fn rfc3339(t: OffsetDateTime) -> String {
         .expect("times of certificates lie in the years 0 to 9999")
 }
 
+/// A certificate (DER) as PEM.
+#[must_use]
+pub fn pem_of(certificate: &[u8]) -> String {
+    to_pem("CERTIFICATE", certificate)
+}
+
 fn to_pem(tag: &str, der: &[u8]) -> String {
     pem::encode_config(
         &pem::Pem::new(tag, der),

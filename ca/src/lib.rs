@@ -21,6 +21,7 @@ pub mod rotation;
 pub mod serial;
 
 pub use authority::{
+    pem_of,
     Authority, BACKDATE, IssueError, Issued, MAX_TTL, NewRoot, NodeRequest, ServerCertificate,
     WorkloadRequest,
 };

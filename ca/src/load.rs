@@ -109,12 +109,56 @@ pub(crate) fn read(path: &Path) -> Result<Zeroizing<String>, LoadError> {
         .map_err(|source| LoadError::Read { path: path.to_owned(), source })
 }
 
-pub(crate) fn load(certificate_pem: &str, key_pem: &str, now: OffsetDateTime) -> Result<Loaded, LoadError> {
-    let blocks = pem::parse_many(certificate_pem).map_err(|e| LoadError::CertificatePem(e.to_string()))?;
+/// A CA as Kubernetes Secrets hold it, put in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assembled {
+    /// The CA's own certificate first, its root last, as [`Authority::load`](crate::Authority::load) wants it.
+    pub chain_pem: String,
+    /// Certificates beside the chain that are to be trusted too, DER.
+    pub others: Vec<Vec<u8>>,
+}
+
+/// Puts the certificates of a Secret in order: `own_pem` (`tls.crt`) begins with the CA's own certificate and may hold its
+/// issuers; `roots_pem` (`ca.crt`) holds its root and may hold others that are to be trusted. Whether the chain is sound is
+/// found out when it is loaded.
+///
+/// # Errors
+/// When one of them is not PEM of certificates.
+pub fn assemble(own_pem: &str, roots_pem: &str) -> Result<Assembled, LoadError> {
+    let mut chain = certificates(own_pem)?;
+    let mut others = certificates(roots_pem)?;
+    if chain.is_empty() {
+        return Err(LoadError::NoCertificate);
+    }
+    others.retain(|der| !chain.contains(der));
+    // Longer than any sound chain; ends when an issuer is missing or the root is reached.
+    for number in 1..=chain.len() + others.len() {
+        let Some(last) = chain.last() else { break };
+        let (_, parsed) = X509Certificate::from_der(last).map_err(|_| LoadError::Certificate(number))?;
+        if parsed.issuer().as_raw() == parsed.subject().as_raw() {
+            break;
+        }
+        let signed = |der: &Vec<u8>| {
+            X509Certificate::from_der(der).is_ok_and(|(_, issuer)| check_signed(&parsed, &issuer).is_ok())
+        };
+        let Some(issuer) = others.iter().position(signed) else { break };
+        let issuer = others.remove(issuer);
+        chain.push(issuer);
+    }
+    let chain_pem = chain.into_iter().map(|der| pem::encode(&pem::Pem::new("CERTIFICATE", der))).collect();
+    Ok(Assembled { chain_pem, others })
+}
+
+fn certificates(text: &str) -> Result<Vec<Vec<u8>>, LoadError> {
+    let blocks = pem::parse_many(text).map_err(|e| LoadError::CertificatePem(e.to_string()))?;
     if let Some(other) = blocks.iter().find(|block| block.tag() != "CERTIFICATE") {
         return Err(LoadError::Block(other.tag().to_owned()));
     }
-    let chain: Vec<Vec<u8>> = blocks.into_iter().map(pem::Pem::into_contents).collect();
+    Ok(blocks.into_iter().map(pem::Pem::into_contents).collect())
+}
+
+pub(crate) fn load(certificate_pem: &str, key_pem: &str, now: OffsetDateTime) -> Result<Loaded, LoadError> {
+    let chain = certificates(certificate_pem)?;
     let mut parsed = Vec::new();
     for (index, der) in chain.iter().enumerate() {
         match X509Certificate::from_der(der) {

@@ -442,6 +442,7 @@ fn trust_to_wire(t: &Trust) -> pb::Trust {
         trust_domain: t.trust_domain.to_string(),
         roots: t.roots.iter().map(|r| Bytes::copy_from_slice(r)).collect(),
         denied_serials: t.denied_serials.iter().map(|s| Bytes::copy_from_slice(s)).collect(),
+        denied_pods: t.denied_pods.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -463,5 +464,11 @@ fn trust_from_wire(t: pb::Trust) -> Result<Trust, FieldError> {
         trust_domain: required(t.trust_domain, "trust_domain")?,
         roots: filled(t.roots, "roots")?,
         denied_serials: filled(t.denied_serials, "denied_serials")?,
+        denied_pods: t
+            .denied_pods
+            .into_iter()
+            .enumerate()
+            .map(|(i, uid)| required(uid, &format!("denied_pods[{i}]")))
+            .collect::<Result<_, _>>()?,
     })
 }

@@ -202,6 +202,8 @@ pub struct Trust {
     pub roots: Vec<Arc<[u8]>>,
     /// Serial numbers (big-endian, as in the certificate) that are no longer accepted.
     pub denied_serials: Vec<Arc<[u8]>>,
+    /// UIDs of pods that are gone: no certificate that bears one (DNS name `<uid>.pod.sockmesh.io`) is accepted any more.
+    pub denied_pods: Vec<Arc<str>>,
 }
 
 /// A resource of the delta stream.

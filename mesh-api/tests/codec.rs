@@ -124,11 +124,14 @@ fn service() -> impl Strategy<Value = Service> {
 
 fn trust() -> impl Strategy<Value = Trust> {
     let blob = || vec(any::<u8>(), 1..40).prop_map(Arc::<[u8]>::from);
-    (name(), vec(blob(), 1..3), vec(blob(), 0..5)).prop_map(|(trust_domain, roots, denied_serials)| Trust {
-        trust_domain,
-        roots,
-        denied_serials,
-    })
+    (name(), vec(blob(), 1..3), vec(blob(), 0..5), vec(name(), 0..5)).prop_map(
+        |(trust_domain, roots, denied_serials, denied_pods)| Trust {
+            trust_domain,
+            roots,
+            denied_serials,
+            denied_pods,
+        },
+    )
 }
 
 fn resource() -> impl Strategy<Value = Resource> {

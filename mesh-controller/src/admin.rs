@@ -19,7 +19,9 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, SourceStatus};
+use crate::index::coverage::Uncovered;
+use crate::index::object::Kind;
 use crate::metrics::short_type;
 
 /// Longest time for a request's head.
@@ -64,16 +66,22 @@ fn answer(method: &Method, path: &str, cluster: &Cluster) -> Response<Full<Bytes
         return text(StatusCode::METHOD_NOT_ALLOWED, "only GET".to_owned());
     }
     match path {
-        "/metrics" => match cluster.metrics.text() {
+        "/metrics" => match metrics(cluster) {
             Ok(metrics) => {
                 respond(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", metrics)
             }
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
         },
         "/healthz/ready" => ready(cluster),
+        "/debug/uncovered" => json_response(StatusCode::OK, &uncovered(cluster)),
         "/debug/config" => json_response(StatusCode::OK, &debug(cluster)),
-        _ => text(StatusCode::NOT_FOUND, "there are /metrics, /healthz/ready and /debug/config\n".to_owned()),
+        _ => text(StatusCode::NOT_FOUND, "there are /metrics, /healthz/ready, /debug/config and /debug/uncovered\n".to_owned()),
     }
+}
+
+fn metrics(cluster: &Cluster) -> Result<String, std::fmt::Error> {
+    cluster.count();
+    cluster.metrics.text()
 }
 
 /// Ready once a whole state was read. Bad manifests after that are told of but change nothing: nodes are served from the
@@ -83,6 +91,7 @@ fn ready(cluster: &Cluster) -> Response<Full<Bytes>> {
     let loaded = cluster.loaded();
     let status = if loaded { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let detail = match (loaded, source.errors.is_empty()) {
+        _ if source.kubernetes => return ready_from_kubernetes(status, loaded, &source),
         (true, true) => "the manifests are in force",
         (true, false) => "the manifests are bad; the last good state is in force",
         (false, true) => "the manifests have not been read yet",
@@ -90,6 +99,30 @@ fn ready(cluster: &Cluster) -> Response<Full<Bytes>> {
     };
     let errors: Vec<String> = source.errors.iter().map(ToString::to_string).collect();
     json_response(status, &json!({ "ready": loaded, "detail": detail, "errors": errors }))
+}
+
+/// Objects that are not understood are told of and change nothing: each stays as it was last understood.
+fn ready_from_kubernetes(status: StatusCode, loaded: bool, source: &SourceStatus) -> Response<Full<Bytes>> {
+    let waiting: Vec<&str> =
+        Kind::ALL.into_iter().map(Kind::name).filter(|kind| !source.listed.contains(kind)).collect();
+    let detail = if loaded {
+        "the cluster is in force".to_owned()
+    } else {
+        format!("not listed from the API server yet: {}; see the log for why", waiting.join(", "))
+    };
+    json_response(status, &json!({ "ready": loaded, "detail": detail, "errors": source.invalid }))
+}
+
+/// Pods that opted in and are not covered.
+fn uncovered(cluster: &Cluster) -> serde_json::Value {
+    let index = cluster.index();
+    let one = |((namespace, name), why): (&(Arc<str>, Arc<str>), &Uncovered)| {
+        json!({
+            "namespace": namespace, "name": name,
+            "reason": why.reason(), "message": format!("pod {namespace}/{name} {}", why.explanation()),
+        })
+    };
+    index.uncovered().iter().map(one).collect()
 }
 
 fn debug(cluster: &Cluster) -> serde_json::Value {
@@ -110,6 +143,7 @@ fn debug(cluster: &Cluster) -> serde_json::Value {
     json!({
         "source": cluster.source(),
         "problems": cluster.problems(),
+        "uncovered": uncovered(cluster),
         "nodes": cluster.nodes.snapshot(),
         "resources": resources,
     })

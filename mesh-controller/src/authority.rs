@@ -21,7 +21,7 @@ use crate::cluster::TrustAnchor;
 use crate::config::Config;
 
 /// Life of a root that the controller makes for itself.
-const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+pub(crate) const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// Files of the state directory.
 #[derive(Debug, Clone)]

@@ -1,22 +1,24 @@
 //! The state that everything shares: the index, what is told to nodes, the CA, the ledger.
 //!
-//! A source calls [`Cluster::take`] with a whole state or [`Cluster::failed`] with what is wrong with it; the streams and
-//! the certificate service read. No lock is held across anything that waits.
+//! Files are a whole state or nothing: their source calls [`Cluster::take`] with it, or [`Cluster::failed`] with what is wrong
+//! with it. The API server tells of one object after the other: its source calls [`Cluster::update`] with what changed. The
+//! streams and the certificate service read. No lock is held across anything that waits.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
-use ca::Authority;
-use mesh_api::codec::TRUST_NAME;
+use ca::{Authority, Serial};
+use mesh_api::codec::{TRUST_NAME, content_version};
 use mesh_api::model::{Resource, TRUST_TYPE, Trust};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use serde::Serialize;
 use time::OffsetDateTime;
 
 use crate::certificates::ledger::Ledger;
-use crate::index::object::Object;
+use crate::certificates::shared::{SharedLedger, node_name, root_mark};
+use crate::index::object::{Invalid, Kind, Object, ObjectKey};
 use crate::index::{Delta, Index, IndexConfig, Problem};
 use crate::metrics::Metrics;
 use crate::source::manifests::ManifestError;
@@ -31,9 +33,28 @@ pub struct TrustAnchor {
     pub roots: Vec<Arc<[u8]>>,
 }
 
+/// What the API server's source has to tell.
+#[derive(Debug)]
+pub enum Change {
+    /// An object is there, in this form.
+    Apply(Object),
+    /// An object is gone.
+    Remove(ObjectKey),
+    /// An object's new form makes no sense: the last one that did stays in force, the others are not concerned.
+    Invalid(ObjectKey, Invalid),
+    /// All objects of a kind were listed, and these are they; what is not among them is gone.
+    Listed(Kind, HashSet<ObjectKey>),
+}
+
 /// How the source is doing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct SourceStatus {
+    /// Whether it is the API server.
+    pub kubernetes: bool,
+    /// Kinds that have been listed at least once.
+    pub listed: BTreeSet<&'static str>,
+    /// Objects of the API server whose form makes no sense, with the reason; the last good form is in force.
+    pub invalid: BTreeMap<String, String>,
     /// Whole states that were read well.
     pub good_reads: u64,
     /// Reads that failed since the last good one.
@@ -51,29 +72,43 @@ pub struct Cluster {
     pub nodes: Arc<Nodes>,
     /// Serials of pods.
     pub ledger: Ledger,
+    /// Which pods are gone, as all replicas know it. Only with the API server, whose UIDs never come back.
+    pub shared: SharedLedger,
+    uids_are_unique: bool,
+    workload_ttl: Duration,
     /// Counters.
     pub metrics: Arc<Metrics>,
     anchor: RwLock<Arc<TrustAnchor>>,
     source: RwLock<SourceStatus>,
     loaded: AtomicBool,
-    /// Held while the trust resource is made, so that an older deny list never replaces a newer one.
-    trust_order: Mutex<()>,
+    /// Held while the trust resource is made, so that an older deny list never replaces a newer one. Holds the mark of the
+    /// roots in it, and the change since which these are told.
+    trust_order: Mutex<Option<(String, u64)>>,
 }
 
 impl Cluster {
-    /// A cluster without objects.
+    /// A cluster without objects. `workload_ttl` is the longest life of pods' certificates.
     #[must_use]
-    pub fn new(config: IndexConfig, anchor: TrustAnchor, ledger: Ledger) -> Self {
+    pub fn new(
+        config: IndexConfig,
+        anchor: TrustAnchor,
+        ledger: Ledger,
+        metrics: Arc<Metrics>,
+        workload_ttl: Duration,
+    ) -> Self {
         Self {
+            shared: SharedLedger::default(),
+            uids_are_unique: config.complete,
+            workload_ttl,
             index: RwLock::new(Index::new(config)),
             store: Arc::default(),
             nodes: Arc::default(),
             ledger,
-            metrics: Arc::default(),
+            metrics,
             anchor: RwLock::new(Arc::new(anchor)),
             source: RwLock::default(),
             loaded: AtomicBool::new(false),
-            trust_order: Mutex::new(()),
+            trust_order: Mutex::new(None),
         }
     }
 
@@ -121,41 +156,143 @@ impl Cluster {
         self.index().problems().iter().map(|(k, p)| (k.to_string(), p.clone())).collect()
     }
 
+    /// Says that the API server is the source.
+    pub(crate) fn is_kubernetes(&self) {
+        self.source.write().kubernetes = true;
+    }
+
+    /// Takes in what the API server told since `heard`, and tells the nodes once every kind has been listed.
+    pub fn update(&self, changes: Vec<Change>, heard: Instant) {
+        let delta = {
+            let mut index = self.index.write();
+            for change in changes {
+                self.apply(&mut index, change);
+            }
+            // Pods would be compiled without their namespaces, and again with them.
+            self.all_listed().then(|| index.commit())
+        };
+        if let Some(delta) = delta {
+            self.tell(delta, Some(heard));
+        }
+    }
+
+    fn apply(&self, index: &mut Index, change: Change) {
+        match change {
+            Change::Apply(object) => {
+                self.understood(&object.key());
+                index.apply(object);
+            }
+            Change::Remove(key) => {
+                self.understood(&key);
+                index.remove(&key);
+            }
+            Change::Invalid(key, invalid) => {
+                self.metrics.invalid_object(key.kind);
+                let known = self.source.write().invalid.insert(key.to_string(), invalid.to_string());
+                if known.as_deref() != Some(&invalid.to_string()) {
+                    tracing::error!(
+                        object = %key, field = invalid.field, problem = invalid.problem,
+                        "object not understood; its last good form, if there was one, stays in force"
+                    );
+                }
+            }
+            Change::Listed(kind, keys) => {
+                for key in index.keys_of(kind) {
+                    if !keys.contains(&key) {
+                        index.remove(&key);
+                    }
+                }
+                let mut source = self.source.write();
+                let of_kind = format!("{} ", kind.name());
+                let listed: HashSet<String> = keys.iter().map(ToString::to_string).collect();
+                source.invalid.retain(|key, _| !key.starts_with(&of_kind) || listed.contains(key));
+                if source.listed.insert(kind.name()) {
+                    tracing::info!(kind = kind.name(), objects = keys.len(), "listed");
+                }
+            }
+        }
+    }
+
+    /// Forgets that an object was not understood.
+    fn understood(&self, key: &ObjectKey) {
+        if !self.source.read().invalid.is_empty()
+            && self.source.write().invalid.remove(&key.to_string()).is_some()
+        {
+            tracing::info!(object = %key, "object understood again, or gone");
+        }
+    }
+
+    fn all_listed(&self) -> bool {
+        self.source.read().listed.len() == Kind::ALL.len()
+    }
+
     /// Takes a whole state in and tells the nodes what changed.
     pub fn take(&self, objects: Vec<Object>) {
-        let first = !self.loaded();
-        let (delta, duplicates, problems) = {
+        let delta = {
             let mut index = self.index.write();
             index.replace(objects);
-            (index.commit(), index.duplicate_addresses(), index.problems().len())
+            index.commit()
         };
-        self.metrics.duplicate_addresses.set(i64::try_from(duplicates).unwrap_or(i64::MAX));
-        self.metrics.problem_objects.set(i64::try_from(problems).unwrap_or(i64::MAX));
         self.metrics.manifest_errors.set(0);
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         self.metrics.manifests_read_at.set(now.as_secs_f64());
         {
             let mut source = self.source.write();
-            let good_reads = source.good_reads + 1;
-            *source = SourceStatus { good_reads, ..SourceStatus::default() };
+            source.good_reads += 1;
+            source.bad_reads = 0;
+            source.errors.clear();
         }
+        self.tell(delta, None);
+    }
+
+    fn tell(&self, delta: Delta, heard: Option<Instant>) {
+        let first = !self.loaded();
         report(&delta);
         let mut denied = false;
         for uid in &delta.revoked {
             denied |= self.ledger.revoke(uid);
         }
+        if self.uids_are_unique {
+            let until = OffsetDateTime::now_utc() + self.workload_ttl;
+            for uid in &delta.gone {
+                denied |= self.shared.deny(uid, until);
+            }
+            denied |= delta.upserts.iter().any(|r| match r {
+                Resource::Workload(workload) => self.shared.is_denied(&workload.uid),
+                _ => false,
+            });
+        }
         if first {
             let index = self.index();
-            denied |= self.ledger.revoke_all_but(|uid| index.pod(uid).is_some_and(|(_, w)| w.is_some()));
+            let live = |uid: &str| index.pod(uid).is_some_and(|(_, w)| w.is_some());
+            denied |= self.ledger.revoke_all_but(live);
+            denied |= self.shared.deny_all_but(live);
         }
         // Denied before it is removed: a node that forgets a pod also knows that its certificates are void.
         if denied || first {
             self.publish_trust();
         }
-        self.store.update(&delta.upserts, &delta.removals);
+        self.store.update(&delta.upserts, &delta.removals, heard.filter(|_| !first));
         self.loaded.store(true, Ordering::Release);
         self.store.publish();
-        self.count_sizes();
+    }
+
+    /// Brings the gauges up to date that follow from the state; for whoever reads the metrics.
+    pub fn count(&self) {
+        let gauge = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        {
+            let index = self.index();
+            self.metrics.duplicate_addresses.set(gauge(index.duplicate_addresses()));
+            self.metrics.problem_objects.set(gauge(index.problems().len()));
+            for kind in Kind::ALL {
+                self.metrics.objects(kind, gauge(index.count(kind)));
+            }
+            self.metrics.uncovered(index.uncovered().values());
+        }
+        self.metrics.invalid_now.set(gauge(self.source.read().invalid.len()));
+        for (type_url, (resources, bytes)) in self.store.sizes() {
+            self.metrics.sizes(type_url, resources, bytes);
+        }
     }
 
     /// Notes that the source could not be read; the last good state stays in force.
@@ -174,7 +311,7 @@ impl Cluster {
         source.errors = errors;
     }
 
-    /// Denies the certificates of a pod and tells the nodes.
+    /// Denies the certificates of a pod that went and tells the nodes.
     pub fn revoke(&self, pod_uid: &str) {
         if self.ledger.revoke(pod_uid) {
             self.publish_trust();
@@ -183,38 +320,93 @@ impl Cluster {
 
     /// Forgets serials that have expired.
     pub fn prune(&self, now: OffsetDateTime) {
-        if self.ledger.prune(now) {
+        let fewer_pods = self.shared.prune(now);
+        if self.ledger.prune(now) || fewer_pods {
             self.publish_trust();
         }
     }
 
+    /// Records a certificate of a pod, for this replica and the others.
+    pub fn issued(&self, anchor: &TrustAnchor, uid: &str, serial: Serial, not_after: OffsetDateTime) {
+        self.ledger.issued(uid, serial, not_after);
+        if self.uids_are_unique {
+            self.shared.issued(uid, root_mark(anchor.authority.root_der()), not_after);
+        }
+    }
+
+    /// Records a certificate of a node.
+    pub fn issued_to_node(&self, anchor: &TrustAnchor, node: &str, not_after: OffsetDateTime) {
+        if self.uids_are_unique {
+            self.shared.issued(&node_name(node), root_mark(anchor.authority.root_der()), not_after);
+        }
+    }
+
+    /// Tells the nodes of a deny list that grew elsewhere.
+    pub fn deny_list_changed(&self) {
+        if self.has_trust() {
+            self.publish_trust();
+        }
+    }
+
+    /// The mark of the roots that nodes are told to trust, and the nodes with an open stream that acknowledged them.
+    #[must_use]
+    pub fn acknowledged_roots(&self) -> Option<(String, BTreeSet<String>)> {
+        let (mark, since) = self.trust_order.lock().clone()?;
+        let nodes = self.nodes.snapshot().into_iter().filter(|(_, status)| {
+            let trust = status.types.get(TRUST_TYPE);
+            status.streams > 0 && trust.is_some_and(|t| t.acknowledged >= since && t.last_nack.is_none())
+        });
+        Some((mark, nodes.map(|(name, _)| name).collect()))
+    }
+
     fn publish_trust(&self) {
-        let _order = self.trust_order.lock();
+        let mut order = self.trust_order.lock();
         let denied_serials = self.ledger.denied();
+        let mut denied_pods = self.shared.denied();
+        {
+            // A pod that is there is not gone, whatever a list once said.
+            let index = self.index();
+            denied_pods.retain(|uid| index.pod(uid).is_none_or(|(_, workload)| workload.is_none()));
+        }
+        self.metrics.denied_pods.set(i64::try_from(denied_pods.len()).unwrap_or(i64::MAX));
         self.metrics.denied_serials.set(i64::try_from(denied_serials.len()).unwrap_or(i64::MAX));
         let anchor = self.trust_anchor();
         let trust = Trust {
             trust_domain: anchor.authority.trust_domain().into(),
             roots: anchor.roots.clone(),
             denied_serials,
+            denied_pods,
         };
-        self.store.update(&[Resource::Trust(trust)], &[]);
+        let mark = roots_mark(&anchor.roots);
+        self.store.update(&[Resource::Trust(trust)], &[], None);
+        if order.as_ref().is_none_or(|(told, _)| *told != mark) {
+            *order = self.store.changed_at(TRUST_TYPE, TRUST_NAME).map(|since| (mark, since));
+        }
     }
 
     fn has_trust(&self) -> bool {
         self.store.get(TRUST_TYPE, TRUST_NAME).is_some()
     }
+}
 
-    fn count_sizes(&self) {
-        for (type_url, (resources, bytes)) in self.store.sizes() {
-            self.metrics.sizes(type_url, resources, bytes);
-        }
-    }
+/// Names a list of roots; the order counts, for the first one signs.
+#[must_use]
+pub fn roots_mark(roots: &[Arc<[u8]>]) -> String {
+    let marks: Vec<String> = roots.iter().map(|root| content_version(root)).collect();
+    content_version(marks.join(" ").as_bytes())
 }
 
 fn report(delta: &Delta) {
     if !delta.is_empty() {
         tracing::info!(changed = delta.upserts.len(), removed = delta.removals.len(), "the cluster changed");
+    }
+    for ((namespace, name), uncovered) in &delta.uncovered {
+        match uncovered {
+            Some(why) => {
+                tracing::warn!(pod = %format_args!("{namespace}/{name}"), reason = why.reason(), "{}", why.explanation());
+            }
+            None => tracing::info!(pod = %format_args!("{namespace}/{name}"), "no longer listed as not covered"),
+        }
     }
     for (object, problems) in &delta.problems {
         for problem in problems {

@@ -4,19 +4,57 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{ArgGroup, Parser, ValueEnum};
 
 use crate::tls::ServerNames;
+
+/// Where the CA comes from when the API server is the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CaMode {
+    /// A root of the mesh's own, made once and kept in the Secret --ca-secret.
+    SelfSigned,
+    /// What the Secret --ca-secret holds, such as an intermediate that cert-manager writes. It has to be there.
+    Secret,
+}
 
 /// Reads Kubernetes objects, tells the mesh's nodes what they need to know of them, and signs certificates for nodes and
 /// pods.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "sockmesh-controller", version)]
+#[command(group = ArgGroup::new("source").required(true).args(["manifests", "kubernetes"]))]
 pub struct Config {
+    /// Read the objects from the API server: of the cluster this runs in, or of $KUBECONFIG.
+    #[arg(long)]
+    pub kubernetes: bool,
+
     /// Directory with Kubernetes YAML (Namespace, Node, ServiceAccount, Pod, Service, EndpointSlice), as `kubectl get -o
     /// yaml` writes it; read again when something changes and on SIGHUP.
-    #[arg(long, value_name = "DIR")]
-    pub manifests: PathBuf,
+    #[arg(long, value_name = "DIR", requires = "node_tokens")]
+    pub manifests: Option<PathBuf>,
+
+    /// Namespace of the controller's own Secret, ConfigMaps and Lease, and of the node agents.
+    #[arg(long, value_name = "NAME", env = "POD_NAMESPACE", default_value = "sockmesh-system")]
+    pub namespace: String,
+
+    /// This replica, as the Lease names its holder. The host's name when not given.
+    #[arg(long, value_name = "NAME", env = "POD_NAME")]
+    pub pod_name: Option<String>,
+
+    /// Audience that the tokens of node agents must have (with --kubernetes).
+    #[arg(long, value_name = "NAME", default_value = "sockmesh-controller")]
+    pub token_audience: String,
+
+    /// Service account of the node agents, NAMESPACE:NAME; <--namespace>:sockmesh-node when not given.
+    #[arg(long, value_name = "NAMESPACE:NAME", value_parser = service_account)]
+    pub node_service_account: Option<(String, String)>,
+
+    /// Where the CA comes from (with --kubernetes).
+    #[arg(long, value_enum, default_value_t = CaMode::SelfSigned)]
+    pub ca_mode: CaMode,
+
+    /// Secret with the CA: tls.crt, tls.key and ca.crt (with --kubernetes).
+    #[arg(long, value_name = "NAME", default_value = "sockmesh-ca")]
+    pub ca_secret: String,
 
     /// Longest time between two reads of the manifests even if nothing seems to have changed.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
@@ -44,13 +82,13 @@ pub struct Config {
     pub cluster_domain: String,
 
     /// Directory with one file per node, named as the node, that holds the token with which the node registers (16
-    /// characters at least).
-    #[arg(long, value_name = "DIR")]
-    pub node_tokens: PathBuf,
+    /// characters at least). With --kubernetes nodes show a token of their service account instead.
+    #[arg(long, value_name = "DIR", conflicts_with = "kubernetes")]
+    pub node_tokens: Option<PathBuf>,
 
     /// CA certificate to sign with, PEM, with its chain up to the root. Without it the controller makes a root of its own
     /// in --state-dir at the first start.
-    #[arg(long, value_name = "FILE", requires = "ca_key")]
+    #[arg(long, value_name = "FILE", requires = "ca_key", conflicts_with = "kubernetes")]
     pub ca_cert: Option<PathBuf>,
 
     /// Key of --ca-cert, PKCS#8 PEM, ECDSA P-256.
@@ -59,7 +97,7 @@ pub struct Config {
 
     /// Further root certificates that nodes are to trust, PEM. For replacing a root: name the next one here, then sign with
     /// it and name the last one here until its certificates have expired. Read again on SIGHUP, as the CA is.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "kubernetes")]
     pub trust_roots: Option<PathBuf>,
 
     /// Life of pods' certificates, 1s to 30d.
@@ -98,11 +136,35 @@ impl Config {
                 Err(_) => names.dns.push(name.clone()),
             }
         }
+        if self.kubernetes {
+            // How nodes reach the Service in front of the replicas.
+            let service = format!("sockmesh-controller.{}.svc", self.namespace);
+            names.dns.push(format!("{service}.{}", self.cluster_domain));
+            names.dns.push(service);
+        }
         let listens = self.listen.ip();
         if !listens.is_unspecified() && !names.addresses.contains(&listens) {
             names.addresses.push(listens);
         }
         names
+    }
+}
+
+impl Config {
+    /// Namespace and name of the node agents' service account.
+    #[must_use]
+    pub fn agent_account(&self) -> (String, String) {
+        let default = || (self.namespace.clone(), "sockmesh-node".to_owned());
+        self.node_service_account.clone().unwrap_or_else(default)
+    }
+}
+
+fn service_account(text: &str) -> Result<(String, String), String> {
+    match text.split_once(':') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains(':') => {
+            Ok((namespace.to_owned(), name.to_owned()))
+        }
+        _ => Err("is not NAMESPACE:NAME".to_owned()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Puts the parts together and keeps them running.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,15 +19,17 @@ use tonic::transport::Server;
 
 use crate::authority::{self, StateDir};
 use crate::certificates::ledger::Ledger;
-use crate::certificates::node::TokenDirectory;
+use crate::certificates::node::{NodeAuthenticator, TokenDirectory};
 use crate::certificates::service::Certificates;
-use crate::cluster::Cluster;
+use crate::certificates::token_review::TokenReviewer;
+use crate::cluster::{Cluster, TrustAnchor};
 use crate::config::Config;
 use crate::index::IndexConfig;
+use crate::metrics::Metrics;
 use crate::source::manifests;
 use crate::source::watch::Watch;
 use crate::xds::server::Discovery;
-use crate::{admin, tls};
+use crate::{admin, kubernetes, tls};
 
 /// Largest request of a node: a reconnect names all that it has, some 80 bytes for each of 100,000 pods.
 const MAX_REQUEST: usize = 64 << 20;
@@ -51,23 +54,19 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// Starts everything and reads the manifests once. If they are bad the controller runs all the same and tells why;
-    /// nodes wait until they have been read well.
+    /// Starts everything. Manifests are read once before this returns; if they are bad the controller runs all the same and
+    /// tells why; nodes wait until they have been read well. With the API server nodes wait until all kinds were listed.
     ///
     /// # Errors
-    /// When the state directory, the CA, an address or the manifests' directory cannot be used.
+    /// When the state directory, the CA, an address, the manifests' directory or the API server cannot be used.
     pub async fn start(config: Config) -> Result<Self> {
         let now = OffsetDateTime::now_utc();
         let state = StateDir::open(&config.state_dir)?;
-        authority::make_if_first(&config, &state, now)?;
-        let anchor = authority::open(&config, &state, now)?;
+        let metrics = Arc::new(Metrics::default());
+        let source = Source::open(&config, &state, &metrics, now).await?;
         let ledger = Ledger::from_log(&state.log(), now)
             .with_context(|| format!("issuance log {}", state.log().display()))?;
-        anyhow::ensure!(
-            config.node_tokens.is_dir(),
-            "--node-tokens {} is not a directory",
-            config.node_tokens.display()
-        );
+        let anchor = source.anchor;
         let names = config.endpoint_names();
         let endpoint = Arc::new(tls::Endpoint::new(
             &anchor.authority,
@@ -76,8 +75,6 @@ impl Controller {
             config.server_cert_ttl,
             now,
         )?);
-        let watch = Watch::start(&config.manifests, config.manifests_resync)
-            .with_context(|| format!("cannot watch --manifests {}", config.manifests.display()))?;
         let listener = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on --listen {}", config.listen))?;
@@ -86,23 +83,48 @@ impl Controller {
             .with_context(|| format!("cannot listen on --admin {}", config.admin))?;
         let (listen, admin) = (listener.local_addr()?, admin_listener.local_addr()?);
 
-        let index = IndexConfig { cluster_domain: config.cluster_domain.clone(), derive_endpoints: true };
-        let cluster = Arc::new(Cluster::new(index, anchor, ledger));
+        let index = IndexConfig {
+            cluster_domain: config.cluster_domain.clone(),
+            derive_endpoints: !config.kubernetes,
+            complete: config.kubernetes,
+        };
+        let cluster = Arc::new(Cluster::new(index, anchor, ledger, metrics, config.workload_cert_ttl));
         let stopping = CancellationToken::new();
         let reload = Arc::new(Notify::new());
-
-        // The watch is there already, so no change falls between this and the loop.
-        read_once(&config, &cluster).await?;
-
         let mut tasks = JoinSet::new();
-        let reading = Reading {
-            config: config.clone(),
-            state: state.clone(),
-            cluster: cluster.clone(),
-            endpoint: endpoint.clone(),
-            reload: reload.clone(),
+        let authenticator: Arc<dyn NodeAuthenticator> = match source.from {
+            From::Manifests { dir, tokens, watch } => {
+                // The watch is there already, so no change falls between this and the loop.
+                read_once(&dir, &cluster).await?;
+                let reading = Reading {
+                    config: config.clone(),
+                    dir,
+                    state: state.clone(),
+                    cluster: cluster.clone(),
+                    endpoint: endpoint.clone(),
+                    reload: reload.clone(),
+                };
+                tasks.spawn(reading.run(watch, stopping.clone()));
+                tracing::info!(root = %state.root().display(), "nodes begin with this root");
+                Arc::new(TokenDirectory::new(&tokens))
+            }
+            From::Kubernetes(client) => {
+                let running = kubernetes::Running {
+                    client: client.clone(),
+                    config: config.clone(),
+                    state,
+                    cluster: cluster.clone(),
+                    endpoint: endpoint.clone(),
+                };
+                running.spawn(&mut tasks, &stopping);
+                Arc::new(TokenReviewer {
+                    client,
+                    cluster: cluster.clone(),
+                    audience: config.token_audience.clone(),
+                    account: config.agent_account(),
+                })
+            }
         };
-        tasks.spawn(reading.run(watch, stopping.clone()));
         tasks.spawn(maintain(config.clone(), cluster.clone(), endpoint.clone(), stopping.clone()));
         tasks.spawn({
             let (cluster, stopping) = (cluster.clone(), stopping.clone());
@@ -111,12 +133,13 @@ impl Controller {
                 Ok(())
             }
         });
-        tasks.spawn(serve(config, cluster.clone(), endpoint, listener, stopping.clone()));
-        tracing::info!(%listen, %admin, root = %state.root().display(), "controller started");
+        tasks.spawn(serve(config, cluster.clone(), authenticator, endpoint, listener, stopping.clone()));
+        tracing::info!(%listen, %admin, "controller started");
         Ok(Self { listen, admin, cluster, reload, stopping, tasks })
     }
 
-    /// Reads the manifests, the CA and the roots to trust again, as on SIGHUP.
+    /// Reads the manifests, the CA and the roots to trust again, as on SIGHUP. What comes from the API server is followed
+    /// anyway.
     pub fn reload(&self) {
         self.reload.notify_one();
     }
@@ -142,9 +165,43 @@ impl Controller {
     }
 }
 
+/// Where objects and the CA come from.
+struct Source {
+    anchor: TrustAnchor,
+    from: From,
+}
+
+enum From {
+    Manifests { dir: PathBuf, tokens: PathBuf, watch: Watch },
+    Kubernetes(kube::Client),
+}
+
+impl Source {
+    async fn open(
+        config: &Config,
+        state: &StateDir,
+        metrics: &Metrics,
+        now: OffsetDateTime,
+    ) -> Result<Self> {
+        let (Some(dir), Some(tokens)) = (&config.manifests, &config.node_tokens) else {
+            let client = kubernetes::connect().await?;
+            let anchor = kubernetes::first_anchor(&client, config, state, metrics).await?;
+            return Ok(Self { anchor, from: From::Kubernetes(client) });
+        };
+        authority::make_if_first(config, state, now)?;
+        let anchor = authority::open(config, state, now)?;
+        anyhow::ensure!(tokens.is_dir(), "--node-tokens {} is not a directory", tokens.display());
+        let watch = Watch::start(dir, config.manifests_resync)
+            .with_context(|| format!("cannot watch --manifests {}", dir.display()))?;
+        let (dir, tokens) = (dir.clone(), tokens.clone());
+        Ok(Self { anchor, from: From::Manifests { dir, tokens, watch } })
+    }
+}
+
 /// What reads files again.
 struct Reading {
     config: Config,
+    dir: PathBuf,
     state: StateDir,
     cluster: Arc<Cluster>,
     endpoint: Arc<tls::Endpoint>,
@@ -165,7 +222,7 @@ impl Reading {
                 }
                 () = stopping.cancelled() => return Ok(()),
             }
-            read_once(&self.config, &self.cluster).await?;
+            read_once(&self.dir, &self.cluster).await?;
         }
     }
 
@@ -180,8 +237,8 @@ impl Reading {
     }
 }
 
-async fn read_once(config: &Config, cluster: &Arc<Cluster>) -> Result<()> {
-    let (dir, cluster) = (config.manifests.clone(), cluster.clone());
+async fn read_once(dir: &Path, cluster: &Arc<Cluster>) -> Result<()> {
+    let (dir, cluster) = (dir.to_owned(), cluster.clone());
     // Reading waits for disks, and compiling a large cluster takes long enough to hold other tasks up.
     let read = tokio::task::spawn_blocking(move || match manifests::read(&dir) {
         Ok(objects) => cluster.take(objects),
@@ -222,6 +279,7 @@ async fn maintain(
 async fn serve(
     config: Config,
     cluster: Arc<Cluster>,
+    authenticator: Arc<dyn NodeAuthenticator>,
     endpoint: Arc<tls::Endpoint>,
     listener: TcpListener,
     stopping: CancellationToken,
@@ -234,7 +292,7 @@ async fn serve(
         stopping: stopping.clone(),
     };
     let certificates = Certificates {
-        authenticator: Arc::new(TokenDirectory::new(&config.node_tokens)),
+        authenticator,
         workload_ttl: config.workload_cert_ttl,
         node_ttl: config.node_cert_ttl,
         cluster: cluster.clone(),

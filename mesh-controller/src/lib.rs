@@ -15,6 +15,7 @@ pub mod cluster;
 pub mod config;
 pub mod controller;
 pub mod index;
+pub mod kubernetes;
 pub mod metrics;
 pub mod source;
 pub mod tls;

@@ -1,6 +1,10 @@
 //! What the controller counts, as Prometheus reads it.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
+
+use crate::index::coverage::Uncovered;
+use crate::index::object::Kind;
 
 use mesh_api::proto::discovery::DeltaDiscoveryResponse;
 use prometheus_client::encoding::EncodeLabelSet;
@@ -32,6 +36,29 @@ pub struct Refused {
     pub kind: &'static str,
     /// One of a closed set.
     pub reason: &'static str,
+}
+
+/// Labels: which kind of object.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct OfObject {
+    /// As in YAML.
+    pub object: &'static str,
+}
+
+/// Labels: why.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Why {
+    /// One of a closed set.
+    pub reason: &'static str,
+}
+
+/// Labels: what was asked of the API server, and what came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ApiCall {
+    /// What it was for; one of a closed set.
+    pub call: &'static str,
+    /// HTTP status, or `transport`.
+    pub code: String,
 }
 
 /// Last part of a type URL.
@@ -72,6 +99,19 @@ pub struct Metrics {
     pub ca_reload_failures: Counter,
     /// Connections that ended in the TLS handshake.
     pub handshake_failures: Counter,
+    convergence: Family<OfType, Histogram>,
+    objects: Family<OfObject, Gauge>,
+    invalid: Family<OfObject, Counter>,
+    /// Objects that are not understood now.
+    pub invalid_now: Gauge,
+    api_errors: Family<ApiCall, Counter>,
+    relists: Family<OfObject, Counter>,
+    distrusted_lists: Family<OfObject, Counter>,
+    uncovered: Family<Why, Gauge>,
+    /// 1 while this replica is the leader.
+    pub leader: Gauge,
+    /// Pods whose certificates nodes must not accept, whatever their serial.
+    pub denied_pods: Gauge,
 }
 
 impl Default for Metrics {
@@ -79,6 +119,9 @@ impl Default for Metrics {
         let mut r = Registry::with_prefix("sockmesh_controller");
         // 0.5 ms to 16 s.
         let answer_seconds = Histogram::new(exponential_buckets(0.0005, 2.0, 16));
+        // 1 ms to 32 s.
+        let convergence: Family<OfType, Histogram> =
+            Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 16)));
         let metrics = Self {
             streams: register(&mut r, "streams", "Open delta streams"),
             pushes: register(&mut r, "pushes", "Responses sent"),
@@ -126,8 +169,36 @@ impl Default for Metrics {
                 "tls_handshake_failures",
                 "Connections without a TLS handshake",
             ),
+            convergence: convergence.clone(),
+            objects: register(&mut r, "objects", "Objects of the cluster in the index"),
+            invalid: register(&mut r, "invalid_objects", "Forms of objects that were not understood"),
+            invalid_now: register(
+                &mut r,
+                "invalid_objects_now",
+                "Objects whose present form is not understood; the last good one is in force",
+            ),
+            api_errors: register(&mut r, "api_errors", "Calls of the API server that failed"),
+            relists: register(&mut r, "relists", "Lists of all objects of a kind, the first included"),
+            distrusted_lists: register(
+                &mut r,
+                "distrusted_lists",
+                "Empty lists of a kind that had objects; they are believed when they come twice",
+            ),
+            uncovered: register(&mut r, "uncovered_pods", "Pods that opted in and are not covered, by reason"),
+            leader: register(&mut r, "leader", "1 on the replica that writes status"),
+            denied_pods: register(
+                &mut r,
+                "denied_pods",
+                "Pods that are gone and whose certificates nodes must not accept",
+            ),
             registry: Registry::default(),
         };
+        r.register_with_unit(
+            "convergence",
+            "From the API server's event to the acknowledgement of a node, for each node",
+            Unit::Seconds,
+            convergence,
+        );
         r.register_with_unit(
             "node_answer",
             "From a response to the node's acknowledgement or rejection",
@@ -174,6 +245,43 @@ impl Metrics {
         let label = of_type(type_url);
         self.resources.get_or_create(&label).set(i64::try_from(resources).unwrap_or(i64::MAX));
         self.resource_bytes.get_or_create(&label).set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    pub(crate) fn converged(&self, type_url: &str, seconds: f64) {
+        self.convergence.get_or_create(&of_type(type_url)).observe(seconds);
+    }
+
+    pub(crate) fn objects(&self, kind: Kind, number: i64) {
+        self.objects.get_or_create(&OfObject { object: kind.name() }).set(number);
+    }
+
+    pub(crate) fn invalid_object(&self, kind: Kind) {
+        self.invalid.get_or_create(&OfObject { object: kind.name() }).inc();
+    }
+
+    pub(crate) fn relisted(&self, kind: Kind) {
+        self.relists.get_or_create(&OfObject { object: kind.name() }).inc();
+    }
+
+    pub(crate) fn distrusted(&self, kind: Kind) {
+        self.distrusted_lists.get_or_create(&OfObject { object: kind.name() }).inc();
+    }
+
+    /// `call` is one of a closed set.
+    pub(crate) fn api_error(&self, call: &'static str, code: Option<u16>) {
+        let code = code.map_or_else(|| "transport".to_owned(), |c| c.to_string());
+        self.api_errors.get_or_create(&ApiCall { call, code }).inc();
+    }
+
+    pub(crate) fn uncovered<'a>(&self, pods: impl Iterator<Item = &'a Uncovered>) {
+        let mut counts: BTreeMap<&'static str, i64> = BTreeMap::new();
+        for pod in pods {
+            *counts.entry(pod.reason()).or_default() += 1;
+        }
+        self.uncovered.clear();
+        for (reason, count) in counts {
+            self.uncovered.get_or_create(&Why { reason }).set(count);
+        }
     }
 
     pub(crate) fn issued(&self, kind: &'static str) {

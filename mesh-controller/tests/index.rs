@@ -16,7 +16,11 @@ use mesh_controller::index::object::{
 use mesh_controller::index::{Delta, Index, IndexConfig};
 
 fn index() -> Index {
-    Index::new(IndexConfig { cluster_domain: "cluster.local".to_owned(), derive_endpoints: true })
+    Index::new(IndexConfig {
+        cluster_domain: "cluster.local".to_owned(),
+        derive_endpoints: true,
+        complete: false,
+    })
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -29,7 +33,7 @@ fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
 
 fn namespace(name: &str, label: Option<&str>) -> Object {
     let (name, mesh_label) = (name.into(), label.map(str::to_owned));
-    Object::Namespace(Namespace { name, mesh_label, annotations: BTreeMap::new() })
+    Object::Namespace(Namespace { name, mesh_label, ..Namespace::default() })
 }
 
 fn pod(namespace: &str, name: &str, addresses: &[&str]) -> Pod {
@@ -80,7 +84,7 @@ fn slice(
         ports: ports.iter().map(|(n, p)| ((*n).to_owned(), *p)).collect(),
         endpoints: addresses
             .iter()
-            .map(|a| SliceEndpoint { address: ip(a), ready: true, terminating: false })
+            .map(|a| SliceEndpoint { address: ip(a), ready: true, terminating: false, pod: None })
             .collect(),
     }
 }

@@ -27,7 +27,8 @@ impl Backoff {
     }
 
     /// Wait after `failures` failures in a row.
-    pub(super) fn wait(&self, failures: u32) -> Duration {
+    #[must_use]
+    pub fn wait(&self, failures: u32) -> Duration {
         let ceiling = self.ceiling(failures);
         ceiling.mul_f64(rand::random_range(0.5..=1.0))
     }

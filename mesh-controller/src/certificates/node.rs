@@ -22,6 +22,17 @@ pub enum AuthError {
     /// The token is not the node's.
     #[error("the token is not that of node {0}")]
     Wrong(String),
+    /// The token proves something else than being the agent of that node.
+    #[error("{message}")]
+    Refused {
+        /// For metrics; one of a closed set.
+        reason: &'static str,
+        /// For people.
+        message: String,
+    },
+    /// Nobody can tell at the moment.
+    #[error("{0}")]
+    Unavailable(String),
     /// The controller's side is at fault.
     #[error("token of node {node} in {file}: {problem}")]
     Unusable {

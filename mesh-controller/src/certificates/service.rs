@@ -86,13 +86,20 @@ fn identity_for(
     if pod.deletion.is_some_and(|end| now.unix_timestamp() > end) {
         return refuse("past_grace", denied(format!("{name} is being deleted and its grace period is over")));
     }
+    if pod.mirror {
+        return refuse("mirror", denied(format!("{name} is a static pod and cannot be enrolled")));
+    }
     if pod.host_network {
         return refuse(
             "host_network",
             denied(format!("{name} uses its node's network and cannot be enrolled")),
         );
     }
-    if !workload.is_some_and(|w| w.enrolled) {
+    let workload = workload.filter(|w| w.enrolled);
+    if let (None, Some(why)) = (workload, index.why_uncovered(pod)) {
+        return refuse(why.reason(), denied(format!("{name} {}", why.explanation())));
+    }
+    if workload.is_none() {
         let hint = "label it or its namespace sockmesh.io/mesh=enabled";
         return refuse("not_enrolled", denied(format!("{name} is not enrolled; {hint}")));
     }
@@ -140,6 +147,12 @@ impl Certificates {
             Err(AuthError::Wrong(_)) => {
                 return refuse("bad_token", Status::unauthenticated("the token is not that of this node"));
             }
+            Err(AuthError::Refused { reason, message }) => {
+                return refuse(reason, Status::unauthenticated(message));
+            }
+            Err(AuthError::Unavailable(message)) => {
+                return refuse("token_not_reviewed", Status::unavailable(message));
+            }
             Err(e @ AuthError::Unusable { .. }) => {
                 tracing::error!(error = %e, "node not registered");
                 let text = "the controller cannot use its copy of this node's token; see its log";
@@ -153,6 +166,7 @@ impl Certificates {
         let trust = self.cluster.trust_anchor();
         let request = NodeRequest { csr_der: &request.csr_der, node: &node, ttl: self.node_ttl };
         let issued = trust.authority.issue_node(&request, OffsetDateTime::now_utc())?;
+        self.cluster.issued_to_node(&trust, &node, issued.not_after);
         tracing::info!(node = &*node, serial = %issued.serial, not_after = %issued.not_after, "node registered");
         Ok(RegisterResponse {
             chain_der: issued.chain_der.into_iter().map(Into::into).collect(),
@@ -178,7 +192,7 @@ impl Certificates {
             },
             now,
         )?;
-        cluster.ledger.issued(uid, issued.serial.clone(), issued.not_after);
+        cluster.issued(&trust, uid, issued.serial.clone(), issued.not_after);
         // The pod may have gone while this was signed, after its serials were denied; then this one is denied as well.
         let still = identity_for(&cluster.index(), trust_domain, node, uid, now);
         if !still.is_ok_and(|id| id == spiffe_id) {

@@ -6,12 +6,13 @@
 //! | change of | compiles again |
 //! |---|---|
 //! | a namespace | its pods |
-//! | a pod | itself, the pods that claim one of its addresses, the services of their namespaces |
+//! | a pod | itself, the pods that claim one of its addresses, the services whose slices list one; with derived endpoints the services of their namespaces |
 //! | a service | itself |
 //! | an endpoint slice | its service |
 //!
 //! An object that makes no sense in part is compiled by its safest reading and gets a [`Problem`]; it never stops others.
 
+pub mod coverage;
 pub mod object;
 mod pod;
 pub mod protocol;
@@ -19,12 +20,13 @@ mod service;
 pub mod settings;
 mod workload;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_api::model::{Resource, SERVICE_TYPE, Service, WORKLOAD_TYPE, Workload};
 
+use coverage::Uncovered;
 use object::{EndpointSlice, Kind, Namespace, Object, ObjectKey, Pod};
 
 /// Namespace and name.
@@ -48,8 +50,12 @@ pub struct Delta {
     pub removals: Vec<(&'static str, String)>,
     /// UIDs of pods whose certificates are void: gone, finished, or another identity or node under the same UID.
     pub revoked: Vec<Arc<str>>,
+    /// UIDs of pods that are gone or finished and that were enrolled at some time; they never come back.
+    pub gone: Vec<Arc<str>>,
     /// Objects whose problems differ from before; empty lists for those that have none any more.
     pub problems: Vec<(ObjectKey, Vec<Problem>)>,
+    /// Namespace and name of pods that opted in and are not covered, with the reason; none for those that are now.
+    pub uncovered: Vec<((Arc<str>, Arc<str>), Option<Uncovered>)>,
 }
 
 impl Delta {
@@ -68,6 +74,9 @@ pub struct IndexConfig {
     /// Make endpoints from selectors for services without any EndpointSlice. For manifests written by hand; where the
     /// API server is the source its controllers do that.
     pub derive_endpoints: bool,
+    /// The source has every object there is: a Node or ServiceAccount that is not known does not exist. Manifests written
+    /// by hand may leave both kinds out altogether.
+    pub complete: bool,
 }
 
 /// The index.
@@ -82,13 +91,20 @@ pub struct Index {
     slices: BTreeMap<Name, EndpointSlice>,
     /// Names of the slices of a service.
     slices_of: HashMap<Name, BTreeSet<Arc<str>>>,
+    /// Slices that list an address.
+    slices_with: HashMap<IpAddr, BTreeSet<Name>>,
     workloads: HashMap<Name, Arc<Workload>>,
     compiled_services: HashMap<Name, Arc<Service>>,
     problems: BTreeMap<ObjectKey, Vec<Problem>>,
+    uncovered: BTreeMap<Name, Uncovered>,
+    /// UIDs of pods that are or were enrolled and are not gone.
+    enrolled_once: HashSet<Arc<str>>,
     dirty_pods: BTreeSet<Name>,
     dirty_services: BTreeSet<Name>,
     /// Namespaces all of whose services are to be compiled.
     dirty_namespaces: BTreeSet<Arc<str>>,
+    /// Namespaces whose own labels and annotations are to be looked at.
+    changed_namespaces: BTreeSet<Arc<str>>,
 }
 
 /// Pods and who has which address.
@@ -101,13 +117,14 @@ struct PodTable {
 }
 
 impl PodTable {
-    /// The pod that has the address: the newest that claims it. Older ones are remains whose address was given away.
+    /// The pod that has the address: the newest that claims it and is not being deleted. Older ones are remains whose
+    /// address was given away.
     fn winner(&self, address: IpAddr) -> Option<&Pod> {
         let claims = self.claims.get(&address)?;
         claims
             .iter()
             .filter_map(|n| self.by_name.get(n))
-            .max_by_key(|p| (p.created, p.deletion.is_none(), &p.uid))
+            .max_by_key(|p| (p.deletion.is_none(), p.created, &p.uid))
     }
 
     fn claims_addresses(pod: &Pod) -> bool {
@@ -116,8 +133,12 @@ impl PodTable {
 }
 
 impl service::Pods for PodTable {
-    fn owner(&self, namespace: &str, address: IpAddr) -> Option<Arc<str>> {
-        self.winner(address).filter(|p| *p.namespace == *namespace).map(|p| p.uid.clone())
+    fn owner(&self, namespace: &str, address: IpAddr) -> Option<&Pod> {
+        self.winner(address).filter(|p| *p.namespace == *namespace)
+    }
+
+    fn foreign(&self, namespace: &str, address: IpAddr) -> Option<&Pod> {
+        self.winner(address).filter(|p| *p.namespace != *namespace)
     }
 
     fn of_namespace<'a>(&'a self, namespace: &str) -> Box<dyn Iterator<Item = &'a Pod> + 'a> {
@@ -145,12 +166,16 @@ impl Index {
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
             slices_of: HashMap::new(),
+            slices_with: HashMap::new(),
             workloads: HashMap::new(),
             compiled_services: HashMap::new(),
             problems: BTreeMap::new(),
+            uncovered: BTreeMap::new(),
+            enrolled_once: HashSet::new(),
             dirty_pods: BTreeSet::new(),
             dirty_services: BTreeSet::new(),
             dirty_namespaces: BTreeSet::new(),
+            changed_namespaces: BTreeSet::new(),
         }
     }
 
@@ -160,6 +185,7 @@ impl Index {
             Object::Namespace(namespace) => {
                 if self.namespaces.get(&namespace.name) != Some(&namespace) {
                     self.touch_pods_of(&namespace.name);
+                    self.changed_namespaces.insert(namespace.name.clone());
                     self.namespaces.insert(namespace.name.clone(), namespace);
                 }
             }
@@ -190,6 +216,9 @@ impl Index {
                     let service = (slice.namespace.clone(), slice.service.clone());
                     self.slices_of.entry(service.clone()).or_default().insert(slice.name.clone());
                     self.dirty_services.insert(service);
+                    for endpoint in &slice.endpoints {
+                        self.slices_with.entry(endpoint.address).or_default().insert(name.clone());
+                    }
                     self.slices.insert(name, slice);
                 }
             }
@@ -203,6 +232,7 @@ impl Index {
             Kind::Namespace => {
                 if self.namespaces.remove(&key.name).is_some() {
                     self.touch_pods_of(&key.name);
+                    self.changed_namespaces.insert(key.name.clone());
                 }
             }
             Kind::Node => {
@@ -224,7 +254,7 @@ impl Index {
     /// Makes `objects` the whole set, as far as they differ from what the index has.
     pub fn replace(&mut self, objects: Vec<Object>) {
         let kept: BTreeSet<ObjectKey> = objects.iter().map(Object::key).collect();
-        for key in self.keys() {
+        for key in Kind::ALL.into_iter().flat_map(|kind| self.keys_of(kind)).collect::<Vec<_>>() {
             if !kept.contains(&key) {
                 self.remove(&key);
             }
@@ -234,21 +264,24 @@ impl Index {
         }
     }
 
-    fn keys(&self) -> Vec<ObjectKey> {
+    /// Names of all objects of a kind.
+    #[must_use]
+    pub fn keys_of(&self, kind: Kind) -> Vec<ObjectKey> {
         let none: Arc<str> = Arc::from("");
-        let cluster = |kind, name: &Arc<str>| ObjectKey { kind, namespace: none.clone(), name: name.clone() };
-        let named = |kind, (namespace, name): &Name| ObjectKey {
+        let cluster = |name: &Arc<str>| ObjectKey { kind, namespace: none.clone(), name: name.clone() };
+        let named = |(namespace, name): &Name| ObjectKey {
             kind,
             namespace: namespace.clone(),
             name: name.clone(),
         };
-        let mut keys: Vec<ObjectKey> = self.namespaces.keys().map(|n| cluster(Kind::Namespace, n)).collect();
-        keys.extend(self.nodes.iter().map(|n| cluster(Kind::Node, n)));
-        keys.extend(self.service_accounts.iter().map(|n| named(Kind::ServiceAccount, n)));
-        keys.extend(self.pods.by_name.keys().map(|n| named(Kind::Pod, n)));
-        keys.extend(self.services.keys().map(|n| named(Kind::Service, n)));
-        keys.extend(self.slices.keys().map(|n| named(Kind::EndpointSlice, n)));
-        keys
+        match kind {
+            Kind::Namespace => self.namespaces.keys().map(cluster).collect(),
+            Kind::Node => self.nodes.iter().map(cluster).collect(),
+            Kind::ServiceAccount => self.service_accounts.iter().map(named).collect(),
+            Kind::Pod => self.pods.by_name.keys().map(named).collect(),
+            Kind::Service => self.services.keys().map(named).collect(),
+            Kind::EndpointSlice => self.slices.keys().map(named).collect(),
+        }
     }
 
     fn touch_pods_of(&mut self, namespace: &Arc<str>) {
@@ -259,6 +292,14 @@ impl Index {
 
     fn take_slice(&mut self, name: &Name) {
         if let Some(slice) = self.slices.remove(name) {
+            for endpoint in &slice.endpoints {
+                if let Some(names) = self.slices_with.get_mut(&endpoint.address) {
+                    names.remove(name);
+                    if names.is_empty() {
+                        self.slices_with.remove(&endpoint.address);
+                    }
+                }
+            }
             let service = (slice.namespace, slice.service);
             if let Some(names) = self.slices_of.get_mut(&service) {
                 names.remove(&slice.name);
@@ -270,14 +311,24 @@ impl Index {
         }
     }
 
-    /// Marks a pod and all that share an address with it, and the services of their namespaces.
+    /// Marks a pod and all that share an address with it, and the services that depend on them.
     fn touch_pod(&mut self, name: &Name, addresses: &[IpAddr]) {
+        let derive = self.config.derive_endpoints;
         self.dirty_pods.insert(name.clone());
-        self.dirty_namespaces.insert(name.0.clone());
+        if derive {
+            self.dirty_namespaces.insert(name.0.clone());
+        }
         for address in addresses {
             for other in self.pods.claims.get(address).into_iter().flatten() {
                 self.dirty_pods.insert(other.clone());
-                self.dirty_namespaces.insert(other.0.clone());
+                if derive {
+                    self.dirty_namespaces.insert(other.0.clone());
+                }
+            }
+            for slice in self.slices_with.get(address).into_iter().flatten() {
+                if let Some(slice) = self.slices.get(slice) {
+                    self.dirty_services.insert((slice.namespace.clone(), slice.service.clone()));
+                }
             }
         }
     }
@@ -322,8 +373,14 @@ impl Index {
             let elsewhere = self.pods.by_uid.get(&uid).is_some_and(|name| self.workloads.contains_key(name));
             if !elsewhere {
                 delta.removals.push((WORKLOAD_TYPE, uid.to_string()));
+                if self.enrolled_once.remove(&uid) {
+                    delta.gone.push(uid.clone());
+                }
             }
             delta.revoked.push(uid);
+        }
+        for name in std::mem::take(&mut self.changed_namespaces) {
+            self.look_at_namespace(name, &mut delta);
         }
         for namespace in std::mem::take(&mut self.dirty_namespaces) {
             let from: Name = (namespace.clone(), Arc::from(""));
@@ -338,7 +395,9 @@ impl Index {
 
     fn commit_pod(&mut self, name: Name, delta: &mut Delta, gone: &mut BTreeSet<Arc<str>>) {
         let mut problems = Vec::new();
-        let pod = self.pods.by_name.get(&name).filter(|p| !p.finished());
+        // A pod that is not scheduled is nobody's: no node can ask for it and it has no address.
+        let pod = self.pods.by_name.get(&name).filter(|p| !p.finished() && !p.node.is_empty());
+        let mut uncovered = None;
         let compiled = pod.map(|p| {
             let own = |a: &IpAddr| service::Pods::has(&self.pods, p, *a);
             let (addresses, lost): (Vec<IpAddr>, Vec<IpAddr>) = p.addresses.iter().partition(|a| own(a));
@@ -352,8 +411,15 @@ impl Index {
                     message: format!("{address} is also claimed by the newer pod {winner}, which gets it"),
                 });
             }
-            Arc::new(workload::compile(p, self.namespaces.get(&name.0), addresses, &mut problems))
+            let (workload, why) =
+                workload::compile(p, self.namespaces.get(&name.0), addresses, &mut problems);
+            uncovered = why;
+            Arc::new(workload)
         });
+        if let Some(workload) = compiled.as_ref().filter(|w| w.enrolled && !self.enrolled_once.contains(&w.uid)) {
+            self.enrolled_once.insert(workload.uid.clone());
+        }
+        self.set_uncovered(&name, uncovered, delta);
         let before = match &compiled {
             Some(workload) => self.workloads.insert(name.clone(), workload.clone()),
             None => self.workloads.remove(&name),
@@ -380,13 +446,17 @@ impl Index {
     }
 
     fn commit_service(&mut self, name: Name, delta: &mut Delta) {
+        let mut problems = Vec::new();
         let compiled = self.services.get(&name).filter(|s| !s.external_name).map(|s| {
             let names = self.slices_of.get(&name).into_iter().flatten();
             let slices: Vec<&EndpointSlice> =
                 names.filter_map(|slice| self.slices.get(&(name.0.clone(), slice.clone()))).collect();
             let derive = self.config.derive_endpoints;
-            Arc::new(service::compile(s, &slices, &self.pods, derive, &self.config.cluster_domain))
+            let domain = &self.config.cluster_domain;
+            Arc::new(service::compile(s, &slices, &self.pods, derive, domain, &mut problems))
         });
+        let key = ObjectKey { kind: Kind::Service, namespace: name.0.clone(), name: name.1.clone() };
+        self.set_problems(key, problems, delta);
         match compiled {
             Some(new) => {
                 if self.compiled_services.get(&name) != Some(&new) {
@@ -399,6 +469,27 @@ impl Index {
                     delta.removals.push((SERVICE_TYPE, old.key()));
                 }
             }
+        }
+    }
+
+    fn look_at_namespace(&mut self, name: Arc<str>, delta: &mut Delta) {
+        let mut problems = Vec::new();
+        if let Some(namespace) = self.namespaces.get(&name) {
+            if settings::opt(namespace.mesh_label.as_deref(), &mut problems) == Some(true) {
+                coverage::of_namespace(namespace, &mut problems);
+            }
+            settings::unknown(&namespace.annotations, &mut problems);
+        }
+        self.set_problems(ObjectKey { kind: Kind::Namespace, namespace: "".into(), name }, problems, delta);
+    }
+
+    fn set_uncovered(&mut self, name: &Name, uncovered: Option<Uncovered>, delta: &mut Delta) {
+        let before = match uncovered {
+            Some(why) => self.uncovered.insert(name.clone(), why),
+            None => self.uncovered.remove(name),
+        };
+        if before != uncovered {
+            delta.uncovered.push((name.clone(), uncovered));
         }
     }
 
@@ -420,6 +511,41 @@ impl Index {
         &self.problems
     }
 
+    /// Pods that opted in and are not covered, by namespace and name, as of the last commit.
+    #[must_use]
+    pub fn uncovered(&self) -> &BTreeMap<(Arc<str>, Arc<str>), Uncovered> {
+        &self.uncovered
+    }
+
+    /// Why a pod that opted in is not covered, if that is so.
+    #[must_use]
+    pub fn why_uncovered(&self, pod: &Pod) -> Option<Uncovered> {
+        self.uncovered.get(&(pod.namespace.clone(), pod.name.clone())).copied()
+    }
+
+    /// Number of objects of a kind.
+    #[must_use]
+    pub fn count(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Namespace => self.namespaces.len(),
+            Kind::Node => self.nodes.len(),
+            Kind::ServiceAccount => self.service_accounts.len(),
+            Kind::Pod => self.pods.by_name.len(),
+            Kind::Service => self.services.len(),
+            Kind::EndpointSlice => self.slices.len(),
+        }
+    }
+
+    /// Names of all nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.nodes.iter()
+    }
+
+    /// All pods.
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.by_name.values()
+    }
+
     /// The pod with this UID, finished or not, and the workload it was compiled to if it has one.
     #[must_use]
     pub fn pod(&self, uid: &str) -> Option<(&Pod, Option<&Arc<Workload>>)> {
@@ -427,19 +553,19 @@ impl Index {
         Some((self.pods.by_name.get(name)?, self.workloads.get(name)))
     }
 
-    /// Whether the node belongs to the cluster. Where there is no Node object at all, as in small sets of manifests,
-    /// nothing is known about nodes and each counts.
+    /// Whether the node belongs to the cluster. In an incomplete set without any Node object nothing is known about nodes
+    /// and each counts.
     #[must_use]
     pub fn has_node(&self, name: &str) -> bool {
-        self.nodes.is_empty() || self.nodes.contains(name)
+        (self.nodes.is_empty() && !self.config.complete) || self.nodes.contains(name)
     }
 
-    /// Whether the service account exists. `default` is in every namespace; where there is no ServiceAccount object at
-    /// all nothing is known about them and each counts.
+    /// Whether the service account exists. `default` is in every namespace; in an incomplete set without any
+    /// ServiceAccount object nothing is known about them and each counts.
     #[must_use]
     pub fn has_service_account(&self, namespace: &str, name: &str) -> bool {
         name == "default"
-            || self.service_accounts.is_empty()
+            || (self.service_accounts.is_empty() && !self.config.complete)
             || self.service_accounts.contains(&(namespace.into(), name.into()))
     }
 

@@ -1,6 +1,6 @@
 //! What the index keeps of each Kubernetes object, checked once when it comes in.
 //!
-//! A source (files, later the API server) turns objects into [`Object`]s; a value that makes no sense is an [`Invalid`]
+//! A source (files, the API server) turns objects into [`Object`]s; a value that makes no sense is an [`Invalid`]
 //! with the path of the field, and it is for the source to say what happens then. From here on nothing can fail.
 
 use std::collections::BTreeMap;
@@ -12,6 +12,8 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use super::coverage::{self, Asked, OtherMesh};
 
 /// Annotations and labels that are the mesh's own begin with this.
 pub const PREFIX: &str = "sockmesh.io/";
@@ -47,6 +49,31 @@ pub enum Kind {
     Service,
     /// `discovery.k8s.io/v1 EndpointSlice`.
     EndpointSlice,
+}
+
+impl Kind {
+    /// Each of them.
+    pub const ALL: [Self; 6] = [
+        Self::Namespace,
+        Self::Node,
+        Self::ServiceAccount,
+        Self::Pod,
+        Self::Service,
+        Self::EndpointSlice,
+    ];
+
+    /// As in YAML.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Namespace => "Namespace",
+            Self::Node => "Node",
+            Self::ServiceAccount => "ServiceAccount",
+            Self::Pod => "Pod",
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+        }
+    }
 }
 
 /// Names one object.
@@ -96,6 +123,8 @@ pub struct Namespace {
     pub mesh_label: Option<String>,
     /// Annotations that begin with [`PREFIX`].
     pub annotations: BTreeMap<String, String>,
+    /// What it asks of other meshes.
+    pub asked: Asked,
 }
 
 /// `status.phase`.
@@ -162,6 +191,13 @@ pub struct Pod {
     pub probe_ports: Vec<u16>,
     /// Probes that name a port that their container does not have.
     pub unresolved_probes: Vec<Invalid>,
+    /// The API server's image of a static pod (annotation `kubernetes.io/config.mirror`): the pod on the node has another
+    /// UID than this one.
+    pub mirror: bool,
+    /// The mesh whose sidecar it contains.
+    pub sidecar: Option<OtherMesh>,
+    /// What it asks of other meshes.
+    pub asked: Asked,
 }
 
 impl Pod {
@@ -231,6 +267,29 @@ pub struct SliceEndpoint {
     pub ready: bool,
     /// `conditions.terminating`.
     pub terminating: bool,
+    /// The pod that it says to be, if it says so.
+    pub pod: Option<PodReference>,
+}
+
+/// `targetRef` of kind Pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodReference {
+    /// Namespace; the slice's own when it is not given.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+    /// UID, if it is given.
+    pub uid: Option<Arc<str>>,
+}
+
+impl PodReference {
+    /// Whether it is this pod.
+    #[must_use]
+    pub fn is(&self, pod: &Pod) -> bool {
+        self.namespace == pod.namespace
+            && self.name == pod.name
+            && self.uid.as_ref().is_none_or(|uid| *uid == pod.uid)
+    }
 }
 
 /// Endpoints of a service that share their ports.
@@ -322,6 +381,7 @@ impl TryFrom<&core::Namespace> for Object {
             name: name(&ns.metadata)?,
             mesh_label: ns.metadata.labels.as_ref().and_then(|l| l.get(super::settings::MESH).cloned()),
             annotations: own_annotations(&ns.metadata),
+            asked: coverage::asked(ns.metadata.labels.as_ref(), ns.metadata.annotations.as_ref()),
         }))
     }
 }
@@ -402,6 +462,7 @@ impl TryFrom<&discovery::EndpointSlice> for Object {
     fn try_from(slice: &discovery::EndpointSlice) -> Result<Self, Invalid> {
         let labels = slice.metadata.labels.as_ref();
         let service = labels.and_then(|l| l.get(SERVICE_NAME_LABEL)).map_or("", String::as_str);
+        let own_namespace = namespace(&slice.metadata)?;
         let mut ports = Vec::new();
         for (i, p) in slice.ports.iter().flatten().enumerate() {
             // A port without a number means "all ports", which only makes sense to kube-proxy's special cases.
@@ -420,6 +481,7 @@ impl TryFrom<&discovery::EndpointSlice> for Object {
                         address: address(first, field)?,
                         ready: conditions.and_then(|c| c.ready).unwrap_or(true),
                         terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
+                        pod: pod_reference(e, &own_namespace),
                     });
                 }
             }
@@ -429,12 +491,21 @@ impl TryFrom<&discovery::EndpointSlice> for Object {
         }
         Ok(Self::EndpointSlice(EndpointSlice {
             name: name(&slice.metadata)?,
-            namespace: namespace(&slice.metadata)?,
+            namespace: own_namespace,
             service: service.into(),
             ports,
             endpoints,
         }))
     }
+}
+
+fn pod_reference(endpoint: &discovery::Endpoint, own_namespace: &Arc<str>) -> Option<PodReference> {
+    let target = endpoint.target_ref.as_ref().filter(|t| t.kind.as_deref() == Some("Pod"))?;
+    Some(PodReference {
+        namespace: target.namespace.as_deref().map_or_else(|| own_namespace.clone(), Arc::from),
+        name: target.name.as_deref().unwrap_or_default().into(),
+        uid: target.uid.as_deref().map(Arc::from),
+    })
 }
 
 impl TryFrom<&core::Pod> for Object {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use super::coverage;
 use super::object::{
     Invalid, NamedPort, Phase, Pod, address, checked_name, invalid, is_tcp, name, namespace, own_annotations,
     port,
@@ -47,6 +48,11 @@ pub(super) fn reduce(pod: &core::Pod) -> Result<Pod, Invalid> {
         named_ports: named_ports(spec)?,
         probe_ports,
         unresolved_probes,
+        mirror: meta.annotations.as_ref().is_some_and(|a| a.contains_key(coverage::MIRROR)),
+        sidecar: coverage::sidecar(
+            container_lists(spec).iter().flat_map(|(_, containers)| *containers).map(|c| c.name.as_str()),
+        ),
+        asked: coverage::asked(meta.labels.as_ref(), meta.annotations.as_ref()),
     })
 }
 

@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use mesh_api::model::{Endpoint, Service, ServicePort};
 
-use super::object::{EndpointSlice, Pod, Service as Object, TargetPort};
-use super::protocol;
+use super::object::{EndpointSlice, Pod, PodReference, Service as Object, TargetPort};
+use super::{Problem, protocol};
 
 /// What a service's compilation may look up.
 pub(super) trait Pods {
-    /// UID of the pod of `namespace` that has `address` for its own; none for host-network pods.
-    fn owner(&self, namespace: &str, address: IpAddr) -> Option<Arc<str>>;
+    /// The pod of `namespace` that has `address` for its own; none for host-network pods.
+    fn owner(&self, namespace: &str, address: IpAddr) -> Option<&Pod>;
+    /// The pod of another namespace that has `address` for its own.
+    fn foreign(&self, namespace: &str, address: IpAddr) -> Option<&Pod>;
     /// Pods of `namespace` that have not finished.
     fn of_namespace<'a>(&'a self, namespace: &str) -> Box<dyn Iterator<Item = &'a Pod> + 'a>;
     /// Whether `address` is the pod's at the moment.
@@ -27,6 +28,7 @@ pub(super) fn compile(
     pods: &impl Pods,
     derive: bool,
     cluster_domain: &str,
+    problems: &mut Vec<Problem>,
 ) -> Service {
     let mut endpoints = Endpoints::default();
     if !slices.is_empty() {
@@ -50,7 +52,7 @@ pub(super) fn compile(
                 protocol: protocol::declared(p.app_protocol.as_deref(), &p.name),
             })
             .collect(),
-        endpoints: endpoints.finish(&service.namespace, pods),
+        endpoints: endpoints.finish(&service.namespace, pods, problems),
     }
 }
 
@@ -60,6 +62,8 @@ struct Endpoints(BTreeMap<IpAddr, Collected>);
 
 #[derive(Default)]
 struct Collected {
+    /// Pods that the slices say it to be; an endpoint that is not the pod that it is said to be has no identity.
+    said: Vec<PodReference>,
     ready: bool,
     terminating: bool,
     ports: Vec<(u16, u16)>,
@@ -73,13 +77,32 @@ impl Endpoints {
         collected.ports.extend_from_slice(ports);
     }
 
-    fn finish(self, namespace: &str, pods: &impl Pods) -> Vec<Endpoint> {
+    fn said(&mut self, address: IpAddr, pod: Option<&PodReference>) {
+        if let (Some(pod), Some(collected)) = (pod, self.0.get_mut(&address))
+            && !collected.said.contains(pod)
+        {
+            collected.said.push(pod.clone());
+        }
+    }
+
+    fn finish(self, namespace: &str, pods: &impl Pods, problems: &mut Vec<Problem>) -> Vec<Endpoint> {
         let one = |(address, mut collected): (IpAddr, Collected)| {
             collected.ports.sort_unstable();
             collected.ports.dedup();
+            if let Some(pod) = pods.foreign(namespace, address) {
+                problems.push(Problem {
+                    field: "endpoints".to_owned(),
+                    message: format!(
+                        "{address} is the address of pod {}/{}; outside its namespace it is an endpoint without identity",
+                        pod.namespace, pod.name
+                    ),
+                });
+            }
+            let agrees = |pod: &&Pod| collected.said.iter().all(|said| said.is(pod));
+            let workload = pods.owner(namespace, address).filter(agrees).map(|pod| pod.uid.clone());
             Endpoint {
                 address,
-                workload: pods.owner(namespace, address),
+                workload,
                 ready: collected.ready,
                 terminating: collected.terminating,
                 ports: collected.ports,
@@ -98,6 +121,7 @@ fn from_slice(service: &Object, slice: &EndpointSlice, endpoints: &mut Endpoints
     }
     for e in &slice.endpoints {
         endpoints.add(e.address, e.ready, e.terminating, &ports);
+        endpoints.said(e.address, e.pod.as_ref());
     }
 }
 

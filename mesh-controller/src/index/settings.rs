@@ -48,24 +48,38 @@ pub struct Settings {
     pub tunnel: TunnelProtocol,
 }
 
-/// Whether the labels opt a pod in. An unknown value counts as no label at all: opting in or out is said clearly or not.
-pub fn opted_in(namespace: Option<&str>, pod: Option<&str>, problems: &mut Vec<Problem>) -> bool {
-    let mut read = |value: Option<&str>, whose: &str| match value {
+/// What a label says, if it says anything. An unknown value counts as no label at all: opting in or out is said clearly or
+/// not.
+pub(super) fn opt(label: Option<&str>, problems: &mut Vec<Problem>) -> Option<bool> {
+    match label {
         None => None,
         Some("enabled") => Some(true),
         Some("disabled") => Some(false),
         Some(other) => {
             problems.push(Problem {
-                field: format!("{whose} metadata.labels[{MESH}]"),
+                field: format!("metadata.labels[{MESH}]"),
                 message: format!(
                     "{other:?} is neither \"enabled\" nor \"disabled\"; the label is not regarded"
                 ),
             });
             None
         }
-    };
-    let namespace = read(namespace, "namespace's");
-    read(pod, "pod's").or(namespace).unwrap_or(false)
+    }
+}
+
+/// Whether the labels opt a pod in. What is wrong with the namespace's label is the namespace's problem.
+pub fn opted_in(namespace: Option<&str>, pod: Option<&str>, problems: &mut Vec<Problem>) -> bool {
+    opt(pod, problems).or(opt(namespace, &mut Vec::new())).unwrap_or(false)
+}
+
+/// The names that are not those of any annotation of the mesh.
+pub(super) fn unknown(annotations: &BTreeMap<String, String>, problems: &mut Vec<Problem>) {
+    for key in annotations.keys().filter(|k| !KNOWN.contains(&k.as_str())) {
+        problems.push(Problem {
+            field: format!("metadata.annotations[{key}]"),
+            message: format!("no such annotation of {}; it is not regarded", PREFIX.trim_end_matches('/')),
+        });
+    }
 }
 
 /// Reads the annotations of a pod (`pod`) in its namespace (`namespace`).
@@ -74,12 +88,7 @@ pub fn read(
     pod: &BTreeMap<String, String>,
     problems: &mut Vec<Problem>,
 ) -> Settings {
-    for key in namespace.keys().chain(pod.keys()).filter(|k| !KNOWN.contains(&k.as_str())) {
-        problems.push(Problem {
-            field: format!("metadata.annotations[{key}]"),
-            message: format!("no such annotation of {}; it is not regarded", PREFIX.trim_end_matches('/')),
-        });
-    }
+    unknown(pod, problems);
     let mut reader = Reader { namespace, pod, problems };
     let mtls = reader.choice(
         MTLS,
@@ -185,7 +194,7 @@ mod tests {
             (Some("enabled"), Some("disabled"), false, 0),
             (None, Some("enabled"), true, 0),
             (Some("disabled"), Some("enabled"), true, 0),
-            (Some("true"), None, false, 1),
+            (Some("true"), None, false, 0),
             (Some("enabled"), Some("no"), true, 1),
             (None, Some("yes"), false, 1),
         ] {

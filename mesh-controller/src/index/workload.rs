@@ -6,29 +6,24 @@ use std::sync::Arc;
 use mesh_api::model::{TunnelProtocol, Workload, WorkloadState};
 
 use super::Problem;
+use super::coverage::{self, Uncovered};
 use super::object::{Namespace, Pod};
 use super::settings;
 
-/// Compiles a pod that has not finished. `addresses` are those of its addresses that are its own at the moment.
-/// `namespace` is absent when there is no such object; then nothing opted in.
+/// Compiles a pod that has not finished, and says why it is not covered if it opted in and is not. `addresses` are those of
+/// its addresses that are its own at the moment. `namespace` is absent when there is no such object; then nothing opted in.
 pub(super) fn compile(
     pod: &Pod,
     namespace: Option<&Namespace>,
     addresses: Vec<IpAddr>,
     problems: &mut Vec<Problem>,
-) -> Workload {
+) -> (Workload, Option<Uncovered>) {
     let empty = Namespace::default();
     let namespace = namespace.unwrap_or(&empty);
     let pod_label = pod.labels.get(settings::MESH).map(String::as_str);
     let opted_in = settings::opted_in(namespace.mesh_label.as_deref(), pod_label, problems);
-    if pod.host_network && opted_in && pod_label == Some("enabled") {
-        problems.push(Problem {
-            field: "spec.hostNetwork".to_owned(),
-            message: "a pod in its node's network namespace cannot be enrolled; the mesh does not cover it"
-                .to_owned(),
-        });
-    }
-    let enrolled = opted_in && !pod.host_network;
+    let uncovered = if opted_in { coverage::of_pod(pod, namespace) } else { None };
+    let enrolled = opted_in && uncovered.is_none();
     let workload_name = workload_name(pod);
     let label = |names: &[&str]| names.iter().find_map(|n| pod.labels.get(*n)).map(|v| Arc::from(v.as_str()));
     let app: Arc<str> = label(&["app.kubernetes.io/name", "app"]).unwrap_or_else(|| workload_name.clone());
@@ -68,7 +63,7 @@ pub(super) fn compile(
     } else {
         workload.tunnel = TunnelProtocol::None;
     }
-    workload
+    (workload, uncovered)
 }
 
 fn state(pod: &Pod) -> WorkloadState {
@@ -138,7 +133,7 @@ mod tests {
     #[test]
     fn canonical_labels_fall_back_as_istios_do() {
         let of = |labels: &[(&str, &str)]| {
-            let w = compile(&pod(labels, Some(("StatefulSet", "db"))), None, Vec::new(), &mut Vec::new());
+            let (w, _) = compile(&pod(labels, Some(("StatefulSet", "db"))), None, Vec::new(), &mut Vec::new());
             [w.app, w.version, w.canonical_service, w.canonical_revision].map(|s| s.to_string())
         };
         assert_eq!(of(&[]), ["db", "latest", "db", "latest"]);

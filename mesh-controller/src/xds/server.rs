@@ -136,9 +136,12 @@ impl OneStream {
         }
         match answered {
             Answered::Nothing => {}
-            Answered::Ack(state) => {
+            Answered::Ack { from, to } => {
                 metrics.answered(type_url, true);
-                nodes.acked(&self.node, type_url, state);
+                nodes.acked(&self.node, type_url, to);
+                for heard in self.service.store.heard(type_url, from, to) {
+                    metrics.converged(type_url, heard.elapsed().as_secs_f64());
+                }
             }
             Answered::Nack { message, names } => {
                 metrics.answered(type_url, false);

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use mesh_api::codec::{RESOURCE_TYPES, content_version};
@@ -16,6 +17,8 @@ use tokio::sync::watch;
 
 /// Removed names that are remembered per type.
 pub const MAX_TOMBSTONES: usize = 100_000;
+/// Changes per type whose origin in time is remembered. A node that is further behind is not measured: it was away.
+const MAX_HEARD: usize = 4096;
 
 /// One encoded resource; cloning shares the bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,12 +45,17 @@ struct OfType {
     tombstone_of: HashMap<Arc<str>, u64>,
     /// Removals up to this number are forgotten.
     forgotten: u64,
+    /// By the number of the last change of a batch: when the controller heard of it.
+    heard: BTreeMap<u64, Instant>,
+    /// Bytes of all resources.
+    bytes: usize,
 }
 
 impl OfType {
     fn supersede(&mut self, name: &Arc<str>) {
         if let Some(entry) = self.resources.get(name) {
             self.changes.remove(&entry.seq);
+            self.bytes -= entry.encoded.bytes.len();
         }
         if let Some(seq) = self.tombstone_of.remove(name) {
             self.changes.remove(&seq);
@@ -91,9 +99,14 @@ impl Default for Store {
 }
 
 impl Store {
-    /// Takes changes in. Resources equal to what is there change nothing. Nodes hear nothing before
-    /// [`Self::publish`] was called once.
-    pub fn update(&self, upserts: &[Resource], removals: &[(&'static str, String)]) {
+    /// Takes changes in, of which the controller heard at `heard`. Resources equal to what is there change nothing. Nodes
+    /// hear nothing before [`Self::publish`] was called once.
+    pub fn update(
+        &self,
+        upserts: &[Resource],
+        removals: &[(&'static str, String)],
+        heard: Option<Instant>,
+    ) {
         // Encoded off the lock.
         let encoded: Vec<_> = upserts
             .iter()
@@ -105,6 +118,7 @@ impl Store {
             .collect();
         let mut inner = self.inner.write();
         let Inner { seq, types } = &mut *inner;
+        let before = *seq;
         for (type_url, name, encoded) in encoded {
             let of_type = types.entry(type_url).or_default();
             if of_type.resources.get(&name).is_some_and(|e| e.encoded == encoded) {
@@ -113,6 +127,7 @@ impl Store {
             *seq += 1;
             of_type.supersede(&name);
             of_type.changes.insert(*seq, name.clone());
+            of_type.bytes += encoded.bytes.len();
             of_type.resources.insert(name, Entry { encoded, seq: *seq });
         }
         for (type_url, name) in removals {
@@ -128,6 +143,17 @@ impl Store {
             of_type.tombstones.insert(*seq, name.clone());
             of_type.tombstone_of.insert(name, *seq);
             of_type.forget_old_tombstones();
+        }
+        if let Some(heard) = heard {
+            for of_type in types.values_mut() {
+                let last = of_type.changes.last_key_value().map(|(seq, _)| *seq);
+                if let Some(last) = last.filter(|last| *last > before) {
+                    of_type.heard.insert(last, heard);
+                    if of_type.heard.len() > MAX_HEARD {
+                        of_type.heard.pop_first();
+                    }
+                }
+            }
         }
         let seq = *seq;
         drop(inner);
@@ -151,6 +177,12 @@ impl Store {
     #[must_use]
     pub fn get(&self, type_url: &str, name: &str) -> Option<Encoded> {
         self.inner.read().types.get(type_url)?.resources.get(name).map(|e| e.encoded.clone())
+    }
+
+    /// Number of the last change of a resource.
+    #[must_use]
+    pub fn changed_at(&self, type_url: &str, name: &str) -> Option<u64> {
+        self.inner.read().types.get(type_url)?.resources.get(name).map(|e| e.seq)
     }
 
     /// What someone who has `known` (name to version) needs: names to send, names to remove; and the number that this
@@ -186,13 +218,28 @@ impl Store {
         Ok((of_type.changes.range(cursor + 1..).map(|(_, n)| n.clone()).collect(), inner.seq))
     }
 
+    /// When the controller heard of the changes of a type after number `from` up to number `to`, one time per batch.
+    #[must_use]
+    pub fn heard(&self, type_url: &str, from: u64, to: u64) -> Vec<Instant> {
+        if from >= to {
+            return Vec::new();
+        }
+        let inner = self.inner.read();
+        let of_type = inner.types.get(type_url);
+        of_type.into_iter().flat_map(|t| t.heard.range(from + 1..=to)).map(|(_, heard)| *heard).collect()
+    }
+
+    /// Number of the last change.
+    #[must_use]
+    pub fn seq(&self) -> u64 {
+        self.inner.read().seq
+    }
+
     /// Number of resources and their bytes by type.
     #[must_use]
     pub fn sizes(&self) -> BTreeMap<&'static str, (usize, usize)> {
         let inner = self.inner.read();
-        let size =
-            |t: &OfType| (t.resources.len(), t.resources.values().map(|e| e.encoded.bytes.len()).sum());
-        inner.types.iter().map(|(name, t)| (*name, size(t))).collect()
+        inner.types.iter().map(|(name, t)| (*name, (t.resources.len(), t.bytes))).collect()
     }
 
     /// Every resource of a type: name, version and bytes, by name.
@@ -227,13 +274,13 @@ mod tests {
     #[test]
     fn a_stream_hears_each_changed_name_once_and_only_what_is_new_to_it() {
         let store = Store::default();
-        store.update(&[workload("a", "1"), workload("b", "1")], &[]);
+        store.update(&[workload("a", "1"), workload("b", "1")], &[], None);
         let (changed, cursor) = store.since(WORKLOAD_TYPE, 0).unwrap();
         assert_eq!(names(&changed), ["a", "b"]);
-        store.update(&[workload("a", "2"), workload("a", "3"), workload("b", "1")], &[]);
+        store.update(&[workload("a", "2"), workload("a", "3"), workload("b", "1")], &[], None);
         let (changed, cursor) = store.since(WORKLOAD_TYPE, cursor).unwrap();
         assert_eq!(names(&changed), ["a"]);
-        store.update(&[], &[(WORKLOAD_TYPE, "b".to_owned()), (WORKLOAD_TYPE, "unknown".to_owned())]);
+        store.update(&[], &[(WORKLOAD_TYPE, "b".to_owned()), (WORKLOAD_TYPE, "unknown".to_owned())], None);
         let (changed, cursor) = store.since(WORKLOAD_TYPE, cursor).unwrap();
         assert_eq!(names(&changed), ["b"]);
         assert!(store.get(WORKLOAD_TYPE, "b").is_none());
@@ -244,9 +291,9 @@ mod tests {
     #[test]
     fn a_resource_that_comes_back_is_no_removal_any_more() {
         let store = Store::default();
-        store.update(&[workload("a", "1")], &[]);
-        store.update(&[], &[(WORKLOAD_TYPE, "a".to_owned())]);
-        store.update(&[workload("a", "1")], &[]);
+        store.update(&[workload("a", "1")], &[], None);
+        store.update(&[], &[(WORKLOAD_TYPE, "a".to_owned())], None);
+        store.update(&[workload("a", "1")], &[], None);
         assert_eq!(names(&store.since(WORKLOAD_TYPE, 0).unwrap().0), ["a"]);
         assert!(store.get(WORKLOAD_TYPE, "a").is_some());
     }
@@ -254,7 +301,7 @@ mod tests {
     #[test]
     fn the_difference_to_known_versions_is_what_changed_and_what_went() {
         let store = Store::default();
-        store.update(&[workload("same", "1"), workload("changed", "1"), workload("fresh", "1")], &[]);
+        store.update(&[workload("same", "1"), workload("changed", "1"), workload("fresh", "1")], &[], None);
         let version = store.get(WORKLOAD_TYPE, "same").unwrap().version.to_string();
         let known = HashMap::from([
             ("same".to_owned(), version),
@@ -269,10 +316,10 @@ mod tests {
     fn a_stream_behind_the_forgotten_removals_has_to_begin_again() {
         let store = Store::default();
         let all: Vec<Resource> = (0..=MAX_TOMBSTONES).map(|i| workload(&i.to_string(), "1")).collect();
-        store.update(&all, &[]);
+        store.update(&all, &[], None);
         let (_, cursor) = store.since(WORKLOAD_TYPE, 0).unwrap();
         let removals: Vec<_> = (0..=MAX_TOMBSTONES).map(|i| (WORKLOAD_TYPE, i.to_string())).collect();
-        store.update(&[], &removals);
+        store.update(&[], &removals, None);
         assert_eq!(store.since(WORKLOAD_TYPE, cursor), Err(FellBehind));
         assert_eq!(store.since(WORKLOAD_TYPE, cursor + 1).unwrap().0.len(), MAX_TOMBSTONES);
     }
@@ -281,11 +328,11 @@ mod tests {
     fn nobody_hears_anything_before_the_first_whole_state() {
         let store = Store::default();
         let version = store.version();
-        store.update(&[workload("a", "1")], &[]);
+        store.update(&[workload("a", "1")], &[], None);
         assert_eq!(*version.borrow(), None);
         store.publish();
         assert_eq!(*version.borrow(), Some(1));
-        store.update(&[workload("b", "1")], &[]);
+        store.update(&[workload("b", "1")], &[], None);
         assert_eq!(*version.borrow(), Some(2));
     }
 }

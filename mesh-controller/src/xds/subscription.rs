@@ -22,8 +22,14 @@ pub const RESPONSE_NAMES: usize = 10_000;
 pub enum Answered {
     /// Nothing: a change of the subscription only, or an answer to a response that is not under way.
     Nothing,
-    /// It applied the response, which went up to this state.
-    Ack(u64),
+    /// It applied the response. With it the node has everything up to change number `to`, 0 while parts of its first state
+    /// are still to come. What this stream had acknowledged before, or began with, went up to `from`.
+    Ack {
+        /// Before.
+        from: u64,
+        /// Now.
+        to: u64,
+    },
     /// It did not.
     Nack {
         /// Its reason.
@@ -37,6 +43,8 @@ pub enum Answered {
 struct UnderWay {
     nonce: String,
     state: u64,
+    /// Whether more is to come up to that state.
+    more: bool,
     names: Vec<String>,
     sent: Instant,
 }
@@ -49,6 +57,10 @@ pub struct Subscription {
     names: HashSet<String>,
     /// Told up to this change, but for what is in `due`.
     cursor: u64,
+    /// Where it began.
+    begun: u64,
+    /// The node has everything up to this change; 0 until it has a whole state.
+    acknowledged: u64,
     due: VecDeque<Arc<str>>,
     under_way: Option<UnderWay>,
     /// A response is owed even if it is empty: the node waits to hear that it has everything.
@@ -70,6 +82,8 @@ impl Subscription {
             wildcard,
             names: HashSet::new(),
             cursor,
+            begun: cursor,
+            acknowledged: 0,
             due: VecDeque::new(),
             under_way: None,
             owed: true,
@@ -116,7 +130,13 @@ impl Subscription {
         match self.under_way.take_if(|u| u.nonce == request.response_nonce) {
             None => Answered::Nothing,
             Some(under_way) => match &request.error_detail {
-                None => Answered::Ack(under_way.state),
+                None => {
+                    let from = self.acknowledged.max(self.begun);
+                    if !under_way.more {
+                        self.acknowledged = from.max(under_way.state);
+                    }
+                    Answered::Ack { from, to: self.acknowledged }
+                }
                 Some(status) => Answered::Nack { message: status.message.clone(), names: under_way.names },
             },
         }
@@ -168,8 +188,13 @@ impl Subscription {
         response.system_version_info = self.cursor.to_string();
         response.more = !self.due.is_empty();
         self.owed = false;
-        self.under_way =
-            Some(UnderWay { nonce: response.nonce.clone(), state: self.cursor, names, sent: Instant::now() });
+        self.under_way = Some(UnderWay {
+            nonce: response.nonce.clone(),
+            state: self.cursor,
+            more: response.more,
+            names,
+            sent: Instant::now(),
+        });
         Ok(Some(response))
     }
 }
@@ -193,7 +218,7 @@ mod tests {
 
     fn store(uids: &[&str]) -> Store {
         let store = Store::default();
-        store.update(&uids.iter().map(|u| workload(u, "1")).collect::<Vec<_>>(), &[]);
+        store.update(&uids.iter().map(|u| workload(u, "1")).collect::<Vec<_>>(), &[], None);
         store
     }
 
@@ -218,9 +243,9 @@ mod tests {
         let mut s = Subscription::begin(WORKLOAD_TYPE, &first(&["*"]), &store);
         let response = s.next(&store).unwrap().unwrap();
         assert_eq!((sent(&response), response.more), (vec!["a", "b"], false));
-        store.update(&[workload("b", "2")], &[(WORKLOAD_TYPE, "a".to_owned())]);
+        store.update(&[workload("b", "2")], &[(WORKLOAD_TYPE, "a".to_owned())], None);
         assert_eq!(s.next(&store), Ok(None), "the first is under way");
-        assert!(matches!(s.take(&ack(&response)), Answered::Ack(_)));
+        assert!(matches!(s.take(&ack(&response)), Answered::Ack { .. }));
         let response = s.next(&store).unwrap().unwrap();
         assert_eq!(
             (sent(&response), response.removed_resources.as_slice()),
@@ -236,7 +261,7 @@ mod tests {
         let mut s = Subscription::begin(WORKLOAD_TYPE, &first(&["*"]), &store);
         let response = s.next(&store).unwrap().unwrap();
         for node in ["2", "3", "4"] {
-            store.update(&[workload("a", node)], &[]);
+            store.update(&[workload("a", node)], &[], None);
         }
         s.take(&ack(&response));
         let response = s.next(&store).unwrap().unwrap();
@@ -307,7 +332,7 @@ mod tests {
             (vec!["a"], &["x".to_owned()][..])
         );
         s.take(&ack(&response));
-        store.update(&[workload("b", "2")], &[]);
+        store.update(&[workload("b", "2")], &[], None);
         assert_eq!(s.next(&store), Ok(None));
         s.take(&first(&["b"]));
         assert_eq!(sent(&s.next(&store).unwrap().unwrap()), ["b"]);

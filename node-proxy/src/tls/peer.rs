@@ -89,7 +89,8 @@ pub fn verify(
         })
         .map_err(|e| of_webpki(&e))?;
     // Last, so that a stranger cannot try out which serials are denied.
-    if trust.is_denied(certificate.raw_serial()) {
+    let pod_is_gone = peer.pod_uid.as_ref().is_some_and(|uid| trust.is_denied_pod(uid));
+    if pod_is_gone || trust.is_denied(certificate.raw_serial()) {
         return Err(Refusal::Denied);
     }
     Ok(peer)

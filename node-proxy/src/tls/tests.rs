@@ -46,6 +46,7 @@ fn trust(roots: &[&[u8]], denied: &[&Serial]) -> Trust {
         trust_domain: "cluster.local".into(),
         roots: roots.iter().map(|r| (*r).into()).collect(),
         denied_serials: denied.iter().map(|s| s.as_bytes().into()).collect(),
+        denied_pods: Vec::new(),
     }
 }
 

@@ -17,6 +17,7 @@ pub struct TrustState {
     /// Roots.
     pub anchors: Vec<TrustAnchor<'static>>,
     denied: HashSet<Arc<[u8]>>,
+    denied_pods: HashSet<Arc<str>>,
 }
 
 /// Why a trust bundle is not taken.
@@ -57,13 +58,21 @@ impl TrustState {
             })?;
             anchors.push(anchor.to_owned());
         }
-        Ok(Self { trust_domain, anchors, denied: trust.denied_serials.iter().cloned().collect() })
+        let denied = trust.denied_serials.iter().cloned().collect();
+        let denied_pods = trust.denied_pods.iter().cloned().collect();
+        Ok(Self { trust_domain, anchors, denied, denied_pods })
     }
 
     /// Whether a serial number (as in the certificate) is on the deny list.
     #[must_use]
     pub fn is_denied(&self, serial: &[u8]) -> bool {
         self.denied.contains(serial)
+    }
+
+    /// Whether all certificates of the pod with this UID are denied.
+    #[must_use]
+    pub fn is_denied_pod(&self, uid: &str) -> bool {
+        self.denied_pods.contains(uid)
     }
 }
 
