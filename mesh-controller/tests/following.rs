@@ -262,7 +262,7 @@ async fn a_lost_place_means_a_new_list_and_only_what_it_does_not_name_is_gone() 
     played.lose_place();
     follower.until("the new list", |f| f.pods() == ["uid-b", "uid-c"]).await;
     assert_eq!(follower.cluster.store.get(WORKLOAD_TYPE, "uid-b"), Some(before));
-    assert_eq!(follower.cluster.store.seq() - seq, 2, "one came, one went, nothing else was touched");
+    assert_eq!(follower.cluster.store.seq() - seq, 3, "one came, one went and is denied, nothing else was touched");
     assert_eq!(follower.metric("sockmesh_controller_relists_total{object=\"Pod\"}"), 2.0);
     assert_eq!(follower.metric("sockmesh_controller_api_errors_total{call=\"watch\",code=\"410\"}"), 1.0);
 }

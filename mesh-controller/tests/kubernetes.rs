@@ -18,6 +18,7 @@ use mesh_api::model::{Resource, Trust};
 use mesh_api::proto::mesh::RegisterRequest;
 use mesh_api::proto::mesh::node_service_client::NodeServiceClient;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tonic::{Code, Status};
 
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/default";
@@ -299,6 +300,120 @@ async fn replicas_that_race_for_the_first_ca_end_up_with_the_same_one_and_one_le
         || "nobody took over".to_owned(),
     )
     .await;
+}
+
+/// Follows a node's stream, accepting everything; gives the trust as it changes.
+fn follow(mut client: DeltaClient) -> watch::Receiver<Trust> {
+    let (sender, receiver) = watch::channel(Trust::default());
+    tokio::spawn(async move {
+        while let Some(update) = client.next().await {
+            for upsert in update.upserts {
+                if let Resource::Trust(trust) = upsert.resource {
+                    sender.send_replace(trust);
+                }
+            }
+            update.answer.accept();
+        }
+    });
+    receiver
+}
+
+async fn until(trust: &mut watch::Receiver<Trust>, what: &str, holds: impl FnMut(&Trust) -> bool) {
+    let waited = tokio::time::timeout(PATIENCE, trust.wait_for(holds)).await;
+    assert!(waited.is_ok_and(|w| w.is_ok()), "waited in vain for {what}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_replica_signed_all_replicas_deny_and_so_do_later_ones() {
+    let Some(api) = cluster().await else { return };
+    let (one, two) = (Replica::start(&api, "one"), Replica::start(&api, "two"));
+    one.ready().await;
+    two.ready().await;
+    let (a, b) = (agent(&api, &one, "node-a").await, agent(&api, &two, "node-b").await);
+    let mut pods = Vec::new();
+    for (i, name) in ["first", "second", "stays"].into_iter().enumerate() {
+        pods.push(api.pod("shop", name, "node-a", &format!("10.1.0.{i}")).await);
+    }
+    one.tells("the pods", |debug| pods.iter().all(|p| !told(debug, p).is_null())).await;
+    for pod in &pods {
+        a.issue(&uid(pod), WEB).await.unwrap();
+    }
+    let mut trust = follow(b.stream(Vec::new()));
+    until(&mut trust, "the first trust", |t| !t.roots.is_empty() && t.denied_pods.is_empty()).await;
+    api.delete_pod(&api.client, "shop", "first").await;
+    let first = uid(&pods[0]);
+    until(&mut trust, "the denial at the other replica", |t| t.denied_pods.iter().any(|u| **u == *first)).await;
+    assert!(trust.borrow().denied_serials.is_empty(), "this replica knows no serial");
+
+    // Nobody runs when the second one goes.
+    one.stop();
+    two.stop();
+    api.delete_pod(&api.client, "shop", "second").await;
+    let three = Replica::start(&api, "three");
+    three.ready().await;
+    let debug = three.debug().await;
+    let mut denied: Vec<String> = debug["resources"]["Trust"]["trust"]["resource"]["denied_pods"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|u| u.as_str().unwrap().to_owned())
+        .collect();
+    denied.sort();
+    let mut expected = vec![first, uid(&pods[1])];
+    expected.sort();
+    assert_eq!(denied, expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_root_is_replaced_while_the_leader_dies_and_each_step_waits_for_the_nodes() {
+    let Some(api) = cluster().await else { return };
+    let secrets: Api<Secret> = Api::namespaced(api.client.clone(), SYSTEM);
+    let leader = Replica::start(&api, "leader");
+    leader.ready().await;
+    let leading = "sockmesh_controller_leader";
+    eventually(|| async { leader.metric(leading).await == Some(1.0) }, || leader.log()).await;
+    let other = Replica::start(&api, "other");
+    other.ready().await;
+    let (node_a, node_b) = (agent(&api, &other, "node-a").await, agent(&api, &other, "node-b").await);
+    let pod = api.pod("shop", "web", "node-a", "10.1.0.1").await;
+    other.tells("the pod", |debug| !told(debug, &pod).is_null()).await;
+    node_a.issue(&uid(&pod), WEB).await.unwrap();
+    let mut trust_a = follow(node_a.stream(Vec::new()));
+    until(&mut trust_a, "the first trust", |t| t.roots.len() == 1).await;
+    let old = trust_a.borrow().roots[0].clone();
+
+    let ask = Patch::Merge(json!({"metadata": {"annotations": {"sockmesh.io/rotate": "test-1"}}}));
+    secrets.patch("sockmesh-ca", &PatchParams::default(), &ask).await.unwrap();
+    until(&mut trust_a, "both roots", |t| t.roots.len() == 2 && t.roots[0] == old).await;
+    let status = || async {
+        let secret = secrets.get("sockmesh-ca").await.unwrap();
+        let text = secret.metadata.annotations.unwrap_or_default().remove("sockmesh.io/rotation");
+        text.map(|t| serde_json::from_str::<Value>(&t).unwrap()).unwrap_or_default()
+    };
+    let is = |status: Value, phase: &str, waiting: Value| status["phase"] == phase && status["waitingFor"] == waiting;
+    // The other node has no stream, so it has acknowledged nothing.
+    let waits = || async { is(status().await, "added", json!(["node-b"])) };
+    eventually(waits, || format!("{}{}", leader.log(), other.log())).await;
+
+    // Dies without a word; the other replica carries on from the Secret.
+    drop(leader);
+    let trust_b = follow(node_b.stream(Vec::new()));
+    until(&mut trust_a, "the switch", |t| t.roots.len() == 2 && t.roots[1] == old).await;
+    let waits = || async { is(status().await, "switched", json!(["node-a", "node-b"])) };
+    eventually(waits, || other.log()).await;
+    assert_eq!(trust_b.borrow().roots.len(), 2);
+
+    // Its own certificate and its pod's are of the last root until they are renewed.
+    let again_b = agent(&api, &other, "node-b").await;
+    let waits = || async { is(status().await, "switched", json!(["node-a"])) };
+    eventually(waits, || other.log()).await;
+    let again_a = agent(&api, &other, "node-a").await;
+    again_a.issue(&uid(&pod), WEB).await.unwrap();
+    until(&mut trust_a, "the last root to go", |t| t.roots.len() == 1 && t.roots[0] != old).await;
+    eventually(|| async { is(status().await, "done", json!([])) }, || other.log()).await;
+    let new = ca::pem_of(&trust_a.borrow().roots[0]);
+    eventually(|| async { roots(&api).await == new }, || "the ConfigMap has other roots".to_owned()).await;
+    drop(again_b);
 }
 
 fn refused(command: &mut std::process::Command) -> String {

@@ -31,7 +31,7 @@ pub const SYSTEM: &str = "sockmesh-system";
 
 /// Where `make cluster` has its programs, if it was run.
 fn programs() -> Option<PathBuf> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/cluster/bin");
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/cluster");
     ["etcd", "kube-apiserver"].iter().all(|p| dir.join(p).is_file()).then_some(dir)
 }
 
@@ -66,7 +66,7 @@ impl ApiServer {
     /// None, with a line that says so, where the programs are not.
     pub async fn start() -> Option<Self> {
         let Some(programs) = programs() else {
-            println!("skipped: no kube-apiserver and etcd in .tools/cluster/bin; `make cluster` builds them");
+            println!("skipped: no kube-apiserver and etcd in .tools/cluster; `make cluster` builds them");
             return None;
         };
         // Both client and server of this test use it.
@@ -132,7 +132,7 @@ impl ApiServer {
             .args(["--bind-address=127.0.0.1", "--advertise-address=127.0.0.1"])
             .args(["--service-cluster-ip-range=10.96.0.0/16", "--authorization-mode=RBAC"])
             .args(["--service-account-issuer=https://kubernetes.default.svc", "--disable-admission-plugins=ServiceAccount"])
-            .arg(flag("service-account-key-file", "sa.key"))
+            .arg(flag("service-account-key-file", "sa.pub"))
             .arg(flag("service-account-signing-key-file", "sa.key"))
             .arg(flag("client-ca-file", "ca.crt"))
             .arg(flag("tls-cert-file", "apiserver.crt"))

@@ -35,7 +35,9 @@ impl Pki {
         ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
         let certificate = ca.self_signed(&ca_key).unwrap();
         std::fs::write(dir.join("ca.crt"), certificate.pem()).unwrap();
-        std::fs::write(dir.join("sa.key"), key().serialize_pem()).unwrap();
+        let accounts = key();
+        std::fs::write(dir.join("sa.key"), accounts.serialize_pem()).unwrap();
+        std::fs::write(dir.join("sa.pub"), accounts.public_key_pem()).unwrap();
         let pki = Self { issuer: Issuer::new(ca, ca_key) };
         let mut server = params("kube-apiserver", None);
         server.subject_alt_names = vec![
