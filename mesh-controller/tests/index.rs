@@ -9,9 +9,10 @@ use mesh_api::model::{
     AppProtocol, Endpoint, MtlsMode, Resource, SERVICE_TYPE, Service, TunnelProtocol, WORKLOAD_TYPE,
     Workload, WorkloadState,
 };
+use mesh_controller::index::coverage::{Asked, OtherMesh};
 use mesh_controller::index::object::{
-    EndpointSlice, Kind, NamedPort, Namespace, Object, ObjectKey, Phase, Pod, Service as ServiceObject,
-    ServicePort, SliceEndpoint, TargetPort,
+    EndpointSlice, Kind, NamedPort, Namespace, Object, ObjectKey, Phase, Pod, PodReference,
+    Service as ServiceObject, ServicePort, SliceEndpoint, TargetPort,
 };
 use mesh_controller::index::{Delta, Index, IndexConfig};
 
@@ -463,4 +464,156 @@ fn nodes_and_service_accounts_are_checked_only_where_there_are_any() {
     assert!(!index.has_service_account("b", "web"));
     index.remove(&ObjectKey { kind: Kind::Node, namespace: "".into(), name: "n2".into() });
     assert!(index.has_node("n1"));
+}
+
+#[test]
+fn pods_of_other_meshes_and_pods_that_cannot_be_captured_are_left_alone_and_listed() {
+    let asks = |ambient| Asked { ambient, ..Asked::default() };
+    for (change, reason) in [
+        ((|_: &mut Pod| {}) as fn(&mut Pod), None),
+        (|p| p.host_network = true, Some("host_network")),
+        (|p| p.mirror = true, Some("mirror")),
+        (|p| p.sidecar = Some(OtherMesh::IstioSidecar), Some("istio_sidecar")),
+        (|p| p.sidecar = Some(OtherMesh::LinkerdSidecar), Some("linkerd_sidecar")),
+        (|p| p.asked.ambient = Some(true), Some("istio_ambient")),
+    ] {
+        let mut p = pod("a", "p", &["10.0.0.1"]);
+        change(&mut p);
+        let mut index = index();
+        let delta = commit(&mut index, [namespace("a", Some("enabled")), object(p.clone())]);
+        let listed = index.uncovered().values().next().map(|why| why.reason());
+        assert_eq!(listed, reason);
+        assert_eq!(workloads(&delta)["uid-p"].enrolled, reason.is_none(), "{reason:?}");
+        assert!(delta.problems.is_empty());
+        // Who did not opt in is not listed, and who opts out is not any more.
+        commit(&mut index, [namespace("a", None)]);
+        assert!(index.uncovered().is_empty());
+    }
+    // The namespace's ambient mode counts unless the pod says otherwise.
+    let ambient = |mesh_label: Option<&str>| {
+        Object::Namespace(Namespace {
+            name: "a".into(),
+            mesh_label: mesh_label.map(str::to_owned),
+            asked: asks(Some(true)),
+            ..Namespace::default()
+        })
+    };
+    let mut index = index();
+    let delta = commit(
+        &mut index,
+        [
+            ambient(Some("enabled")),
+            object(pod("a", "theirs", &[])),
+            object(Pod { asked: asks(Some(false)), ..pod("a", "ours", &[]) }),
+        ],
+    );
+    let enrolled = |uid: &str| workloads(&delta)[uid].enrolled;
+    assert_eq!((enrolled("uid-theirs"), enrolled("uid-ours")), (false, true));
+    let problems: Vec<String> = delta.problems.iter().map(|(k, p)| format!("{k}: {}", p[0].field)).collect();
+    assert_eq!(problems, ["Namespace a: metadata.labels[istio.io/dataplane-mode]"]);
+    assert_eq!(commit(&mut index, [ambient(None)]).problems[0].1, []);
+}
+
+#[test]
+fn what_is_wrong_with_a_namespace_is_said_once_and_of_the_namespace() {
+    let pods = (0..3).map(|i| object(pod("a", &format!("p{i}"), &[])));
+    let mut odd = Namespace { name: "a".into(), mesh_label: Some("on".to_owned()), ..Namespace::default() };
+    odd.annotations = map(&[("sockmesh.io/mtsl", "strict")]);
+    let mut index = index();
+    let delta = commit(&mut index, pods.chain([Object::Namespace(odd)]));
+    let fields: Vec<_> =
+        delta.problems.iter().flat_map(|(k, p)| p.iter().map(move |p| (k.kind, &*p.field))).collect();
+    assert_eq!(
+        fields,
+        [
+            (Kind::Namespace, "metadata.labels[sockmesh.io/mesh]"),
+            (Kind::Namespace, "metadata.annotations[sockmesh.io/mtsl]"),
+        ]
+    );
+    index.remove(&ObjectKey { kind: Kind::Namespace, namespace: "".into(), name: "a".into() });
+    index.commit();
+    assert!(index.problems().is_empty());
+}
+
+#[test]
+fn an_endpoint_that_is_not_the_pod_that_it_says_to_be_has_no_identity() {
+    let said = |namespace: &str, name: &str, uid: Option<&str>| {
+        Some(PodReference { namespace: namespace.into(), name: name.into(), uid: uid.map(Into::into) })
+    };
+    for (reference, identity) in [
+        (None, true),
+        (said("a", "mine", Some("uid-mine")), true),
+        (said("a", "mine", None), true),
+        (said("a", "mine", Some("uid-of-the-one-before")), false),
+        (said("a", "other", None), false),
+        (said("b", "mine", None), false),
+    ] {
+        let mut s = slice("a", "1", "web", &[("", 80)], &["10.0.0.1"]);
+        s.endpoints[0].pod = reference.clone();
+        let objects = [
+            object(pod("a", "mine", &["10.0.0.1"])),
+            Object::Service(service("a", "web", vec![number(80, "", 80)])),
+            Object::EndpointSlice(s),
+        ];
+        let workload = compiled(objects).1["a/web"].endpoints[0].workload.clone();
+        assert_eq!(workload.is_some(), identity, "{reference:?}");
+    }
+    // Saying the truth about a pod of another namespace does not help either, and is told of.
+    let mut s = slice("a", "1", "web", &[("", 80)], &["10.0.0.2"]);
+    s.endpoints[0].pod = said("b", "theirs", Some("uid-theirs"));
+    let (_, services, delta) = compiled([
+        object(pod("b", "theirs", &["10.0.0.2"])),
+        Object::Service(service("a", "web", vec![number(80, "", 80)])),
+        Object::EndpointSlice(s),
+    ]);
+    assert_eq!(services["a/web"].endpoints[0].workload, None);
+    assert!(delta.problems[0].1[0].message.contains("10.0.0.2 is the address of pod b/theirs"));
+}
+
+#[test]
+fn a_pod_that_is_being_deleted_gives_its_address_to_one_that_is_not() {
+    let old = Pod { created: 1, ..pod("a", "old", &["10.0.0.1"]) };
+    let new = Pod { created: 2, deletion: Some(9), ..pod("a", "new", &["10.0.0.1"]) };
+    let twin = Pod { created: 1, ..pod("a", "twin", &["10.0.0.1"]) };
+    let has = |pods: Vec<Pod>| {
+        let (workloads, ..) = compiled(pods.into_iter().map(object));
+        let mut with: Vec<String> =
+            workloads.values().filter(|w| !w.addresses.is_empty()).map(|w| w.name.to_string()).collect();
+        with.sort();
+        with
+    };
+    assert_eq!(has(vec![old.clone(), new.clone()]), ["old"]);
+    assert_eq!(has(vec![new]), ["new"]);
+    // As old as each other: always the same one, whatever the order.
+    assert_eq!(has(vec![old.clone(), twin.clone()]), has(vec![twin, old]));
+}
+
+#[test]
+fn where_the_source_is_complete_what_is_not_known_does_not_exist_and_endpoints_are_not_made_up() {
+    let mut index = Index::new(IndexConfig {
+        cluster_domain: "cluster.local".to_owned(),
+        derive_endpoints: false,
+        complete: true,
+    });
+    assert!(!index.has_node("n1") && !index.has_service_account("a", "web"));
+    let objects = || {
+        vec![
+            object(pod("a", "one", &["10.0.0.1"])),
+            object(Pod { node: "".into(), ..pod("a", "unscheduled", &[]) }),
+            Object::Service(service("a", "web", vec![number(80, "", 80)])),
+            Object::Service(service("a", "none", vec![number(80, "", 80)])),
+            Object::EndpointSlice(slice("a", "1", "web", &[("", 80)], &["10.0.0.1", "10.0.0.2"])),
+        ]
+    };
+    let delta = commit(&mut index, objects());
+    assert_eq!(names(&delta), ["uid-one", "a/none", "a/web"], "an unscheduled pod is nobody's");
+    assert!(services(&delta)["a/none"].endpoints.is_empty());
+    // A pod touches the services whose slices have its address, not all of its namespace.
+    let delta = commit(&mut index, [object(pod("a", "two", &["10.0.0.2"]))]);
+    assert_eq!(names(&delta), ["uid-two", "a/web"]);
+    let delta =
+        commit(&mut index, [object(Pod { ready_condition: Some(false), ..pod("a", "two", &["10.0.0.2"]) })]);
+    assert_eq!(names(&delta), ["uid-two"], "whether an endpoint is ready is said by the slice");
+    index.remove(&object(pod("a", "two", &[])).key());
+    assert_eq!(names(&index.commit()), ["a/web"]);
 }
