@@ -21,9 +21,8 @@ pub mod rotation;
 pub mod serial;
 
 pub use authority::{
-    pem_of,
     Authority, BACKDATE, IssueError, Issued, MAX_TTL, NewRoot, NodeRequest, ServerCertificate,
-    WorkloadRequest,
+    WorkloadRequest, pem_of,
 };
 pub use csr::CsrRefusal;
 pub use load::LoadError;

@@ -75,7 +75,10 @@ fn answer(method: &Method, path: &str, cluster: &Cluster) -> Response<Full<Bytes
         "/healthz/ready" => ready(cluster),
         "/debug/uncovered" => json_response(StatusCode::OK, &uncovered(cluster)),
         "/debug/config" => json_response(StatusCode::OK, &debug(cluster)),
-        _ => text(StatusCode::NOT_FOUND, "there are /metrics, /healthz/ready, /debug/config and /debug/uncovered\n".to_owned()),
+        _ => text(
+            StatusCode::NOT_FOUND,
+            "there are /metrics, /healthz/ready, /debug/config and /debug/uncovered\n".to_owned(),
+        ),
     }
 }
 

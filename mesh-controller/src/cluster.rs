@@ -405,7 +405,9 @@ fn report(delta: &Delta) {
             Some(why) => {
                 tracing::warn!(pod = %format_args!("{namespace}/{name}"), reason = why.reason(), "{}", why.explanation());
             }
-            None => tracing::info!(pod = %format_args!("{namespace}/{name}"), "no longer listed as not covered"),
+            None => {
+                tracing::info!(pod = %format_args!("{namespace}/{name}"), "no longer listed as not covered")
+            }
         }
     }
     for (object, problems) in &delta.problems {

@@ -177,12 +177,7 @@ enum From {
 }
 
 impl Source {
-    async fn open(
-        config: &Config,
-        state: &StateDir,
-        metrics: &Metrics,
-        now: OffsetDateTime,
-    ) -> Result<Self> {
+    async fn open(config: &Config, state: &StateDir, metrics: &Metrics, now: OffsetDateTime) -> Result<Self> {
         let (Some(dir), Some(tokens)) = (&config.manifests, &config.node_tokens) else {
             let client = kubernetes::connect().await?;
             let anchor = kubernetes::first_anchor(&client, config, state, metrics).await?;

@@ -184,7 +184,11 @@ impl Default for Metrics {
                 "distrusted_lists",
                 "Empty lists of a kind that had objects; they are believed when they come twice",
             ),
-            uncovered: register(&mut r, "uncovered_pods", "Pods that opted in and are not covered, by reason"),
+            uncovered: register(
+                &mut r,
+                "uncovered_pods",
+                "Pods that opted in and are not covered, by reason",
+            ),
             leader: register(&mut r, "leader", "1 on the replica that writes status"),
             denied_pods: register(
                 &mut r,

@@ -262,7 +262,11 @@ async fn a_lost_place_means_a_new_list_and_only_what_it_does_not_name_is_gone() 
     played.lose_place();
     follower.until("the new list", |f| f.pods() == ["uid-b", "uid-c"]).await;
     assert_eq!(follower.cluster.store.get(WORKLOAD_TYPE, "uid-b"), Some(before));
-    assert_eq!(follower.cluster.store.seq() - seq, 3, "one came, one went and is denied, nothing else was touched");
+    assert_eq!(
+        follower.cluster.store.seq() - seq,
+        3,
+        "one came, one went and is denied, nothing else was touched"
+    );
     assert_eq!(follower.metric("sockmesh_controller_relists_total{object=\"Pod\"}"), 2.0);
     assert_eq!(follower.metric("sockmesh_controller_api_errors_total{call=\"watch\",code=\"410\"}"), 1.0);
 }
@@ -326,7 +330,9 @@ async fn an_empty_list_of_what_was_not_empty_is_believed_when_it_comes_twice() {
     follower.until("the doubt", |f| f.metric(distrusted) == 1.0).await;
     assert_eq!(follower.pods(), ["uid-a"]);
     follower.until("the watch after the second list", |_| played.watches(PODS)).await;
-    follower.until("the second list", |f| f.metric("sockmesh_controller_relists_total{object=\"Pod\"}") == 3.0).await;
+    follower
+        .until("the second list", |f| f.metric("sockmesh_controller_relists_total{object=\"Pod\"}") == 3.0)
+        .await;
     assert_eq!(follower.pods(), ["uid-a"]);
     // Empty for good.
     played.set(PODS, Vec::new());
@@ -346,7 +352,8 @@ async fn an_object_that_makes_no_sense_leaves_the_others_and_its_own_last_good_f
     for (bad, field) in [(pod("b", "ten"), "status.podIPs[0].ip"), (odd_type, "spec.hostNetwork")] {
         played.tell(PODS, json!({"type": "MODIFIED", "object": bad}));
         played.tell(PODS, json!({"type": "MODIFIED", "object": pod("a", "10.0.0.7")}));
-        let told = |f: &Follower| f.cluster.source().invalid.get("Pod shop/b").is_some_and(|p| p.contains(field));
+        let told =
+            |f: &Follower| f.cluster.source().invalid.get("Pod shop/b").is_some_and(|p| p.contains(field));
         follower.until(field, told).await;
     }
     let address = |uid: &str| follower.cluster.index().pod(uid).unwrap().0.addresses[0].to_string();
@@ -358,7 +365,9 @@ async fn an_object_that_makes_no_sense_leaves_the_others_and_its_own_last_good_f
     // Bad in a list as well: it is there, so it is not gone.
     played.set(PODS, vec![pod("a", "10.0.0.7"), pod("b", "ten")]);
     played.lose_place();
-    follower.until("the list", |f| f.metric("sockmesh_controller_relists_total{object=\"Pod\"}") == 2.0).await;
+    follower
+        .until("the list", |f| f.metric("sockmesh_controller_relists_total{object=\"Pod\"}") == 2.0)
+        .await;
     assert_eq!(follower.pods(), ["uid-a", "uid-b"]);
     follower.until("the watch", |_| played.watches(PODS)).await;
     played.tell(PODS, json!({"type": "MODIFIED", "object": pod("b", "10.0.0.9")}));

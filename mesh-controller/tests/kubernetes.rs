@@ -161,7 +161,11 @@ async fn what_cannot_be_covered_is_listed_and_gets_no_certificate() {
     for (name, annotations, spec) in [
         ("mirror", json!({"kubernetes.io/config.mirror": "hash"}), json!({})),
         ("host", json!({}), json!({"hostNetwork": true})),
-        ("sidecar", json!({}), json!({"containers": [{"name": "c", "image": "none"}, {"name": "istio-proxy", "image": "none"}]})),
+        (
+            "sidecar",
+            json!({}),
+            json!({"containers": [{"name": "c", "image": "none"}, {"name": "istio-proxy", "image": "none"}]}),
+        ),
         ("done", json!({}), json!({})),
     ] {
         let mut pod = json!({
@@ -179,14 +183,17 @@ async fn what_cannot_be_covered_is_listed_and_gets_no_certificate() {
     let all_listed = |debug: &Value| debug["uncovered"].as_array().is_some_and(|u| u.len() == 3);
     replica.tells("the uncovered pods", all_listed).await;
     let listed: Value = serde_json::from_str(&replica.get("/debug/uncovered").await).unwrap();
-    let reasons: Vec<&str> = listed.as_array().unwrap().iter().map(|u| u["reason"].as_str().unwrap()).collect();
+    let reasons: Vec<&str> =
+        listed.as_array().unwrap().iter().map(|u| u["reason"].as_str().unwrap()).collect();
     assert_eq!(reasons, ["host_network", "mirror", "istio_sidecar"]);
     for (name, uid) in &uids {
         let refused = node.issue(uid, WEB).await.unwrap_err();
         assert_eq!(refused.code(), Code::PermissionDenied, "{name}");
     }
     for reason in ["host_network", "mirror", "istio_sidecar", "finished"] {
-        let metric = format!("sockmesh_controller_certificates_refused_total{{kind=\"workload\",reason=\"{reason}\"}}");
+        let metric = format!(
+            "sockmesh_controller_certificates_refused_total{{kind=\"workload\",reason=\"{reason}\"}}"
+        );
         assert_eq!(replica.metric(&metric).await, Some(1.0), "{reason}");
     }
 }
@@ -204,7 +211,11 @@ async fn a_token_proves_its_own_node_and_nothing_else() {
     let (account, audience) = ("sockmesh-node", "sockmesh-controller");
     let mut cases = vec![
         ("other_node", "node-b", api.token(account, audience, Some(&agent)).await),
-        ("wrong_audience", "node-a", api.token(account, "https://kubernetes.default.svc", Some(&agent)).await),
+        (
+            "wrong_audience",
+            "node-a",
+            api.token(account, "https://kubernetes.default.svc", Some(&agent)).await,
+        ),
         ("wrong_account", "node-a", api.token("other", audience, Some(&other)).await),
         ("no_node_claim", "node-a", api.token(account, audience, None).await),
         ("bad_token", "node-a", "not.a.token".to_owned()),
@@ -213,7 +224,8 @@ async fn a_token_proves_its_own_node_and_nothing_else() {
     for (reason, node, token) in cases.drain(..) {
         let error = register(&api, &replica, node, &token).await.map(|n| n.name).unwrap_err();
         assert_eq!(error.code(), Code::Unauthenticated, "{reason}: {error}");
-        let metric = format!("sockmesh_controller_certificates_refused_total{{kind=\"node\",reason=\"{reason}\"}}");
+        let metric =
+            format!("sockmesh_controller_certificates_refused_total{{kind=\"node\",reason=\"{reason}\"}}");
         assert_eq!(replica.metric(&metric).await, Some(1.0), "{reason}: {error}");
     }
     // The API server voids the token together with its pod.
@@ -242,7 +254,8 @@ async fn pods_that_vanish_while_the_api_server_is_away_are_gone_after_the_relist
     let (second, client) = api.second().await;
     api.delete_pod(&client, "shop", "goes").await;
     // So that the place of the watch is one that a fresh API server does not know.
-    create(&client, &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "meanwhile"}})).await;
+    create(&client, &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "meanwhile"}}))
+        .await;
     assert!(!told(&replica.debug().await, &goes).is_null(), "the last state stays in force");
     node.issue(&uid(&stays), WEB).await.expect("certificates of known pods are issued meanwhile");
     drop(second);
@@ -342,7 +355,8 @@ async fn what_one_replica_signed_all_replicas_deny_and_so_do_later_ones() {
     until(&mut trust, "the first trust", |t| !t.roots.is_empty() && t.denied_pods.is_empty()).await;
     api.delete_pod(&api.client, "shop", "first").await;
     let first = uid(&pods[0]);
-    until(&mut trust, "the denial at the other replica", |t| t.denied_pods.iter().any(|u| **u == *first)).await;
+    until(&mut trust, "the denial at the other replica", |t| t.denied_pods.iter().any(|u| **u == *first))
+        .await;
     assert!(trust.borrow().denied_serials.is_empty(), "this replica knows no serial");
 
     // Nobody runs when the second one goes.
@@ -390,7 +404,9 @@ async fn a_root_is_replaced_while_the_leader_dies_and_each_step_waits_for_the_no
         let text = secret.metadata.annotations.unwrap_or_default().remove("sockmesh.io/rotation");
         text.map(|t| serde_json::from_str::<Value>(&t).unwrap()).unwrap_or_default()
     };
-    let is = |status: Value, phase: &str, waiting: Value| status["phase"] == phase && status["waitingFor"] == waiting;
+    let is = |status: Value, phase: &str, waiting: Value| {
+        status["phase"] == phase && status["waitingFor"] == waiting
+    };
     // The other node has no stream, so it has acknowledged nothing.
     let waits = || async { is(status().await, "added", json!(["node-b"])) };
     eventually(waits, || format!("{}{}", leader.log(), other.log())).await;
@@ -457,7 +473,10 @@ async fn a_ca_secret_that_is_absent_expired_or_unreadable_stops_the_start() {
     apiserver::put(&secrets, &ca_secret("sockmesh-ca", -1)).await;
     for mut command in [with_secret("sockmesh-ca"), command(&api, "one")] {
         let error = refused(&mut command);
-        assert!(error.contains("expired on") && error.contains("Secret sockmesh-system/sockmesh-ca"), "{error}");
+        assert!(
+            error.contains("expired on") && error.contains("Secret sockmesh-system/sockmesh-ca"),
+            "{error}"
+        );
     }
     let patch = Patch::Merge(json!({"data": {"tls.key": null}}));
     secrets.patch("sockmesh-ca", &PatchParams::default(), &patch).await.unwrap_or_else(|e| {

@@ -73,7 +73,9 @@ pub fn judge(
     if name != format!("system:serviceaccount:{namespace}:{account}") {
         return refused(
             "wrong_account",
-            format!("the token is that of {name:?}; node agents run as service account {namespace}/{account}"),
+            format!(
+                "the token is that of {name:?}; node agents run as service account {namespace}/{account}"
+            ),
         );
     }
     let extra = |key: &str| {
@@ -100,7 +102,9 @@ pub fn judge(
     if agent.is_none() {
         return refused(
             "agent_gone",
-            format!("pod {pod_uid} of the token is not a running agent of node {node}, or not known yet; try again"),
+            format!(
+                "pod {pod_uid} of the token is not a running agent of node {node}, or not known yet; try again"
+            ),
         );
     }
     Ok(node.into())
@@ -114,18 +118,16 @@ impl NodeAuthenticator for TokenReviewer {
             return refused("bad_token", format!("a token of {} bytes is none", token.len()));
         }
         let review = TokenReview {
-            spec: TokenReviewSpec {
-                token: token.to_owned(),
-                audiences: Some(vec![self.audience.clone()]),
-            },
+            spec: TokenReviewSpec { token: token.to_owned(), audiences: Some(vec![self.audience.clone()]) },
             ..TokenReview::default()
         };
         let api: Api<TokenReview> = Api::all(self.client.clone());
         let parameters = PostParams::default();
         let call = api.create(&parameters, &review);
-        let review = calls::within(TIMEOUT, "token_review", &self.cluster.metrics, call)
-            .await
-            .map_err(|e| AuthError::Unavailable(format!("the token cannot be reviewed now: {e}; try again")))?;
+        let review =
+            calls::within(TIMEOUT, "token_review", &self.cluster.metrics, call).await.map_err(|e| {
+                AuthError::Unavailable(format!("the token cannot be reviewed now: {e}; try again"))
+            })?;
         let (namespace, account) = &self.account;
         judge(
             &review.status.unwrap_or_default(),

@@ -55,7 +55,7 @@ pub struct Delta {
     /// Objects whose problems differ from before; empty lists for those that have none any more.
     pub problems: Vec<(ObjectKey, Vec<Problem>)>,
     /// Namespace and name of pods that opted in and are not covered, with the reason; none for those that are now.
-    pub uncovered: Vec<((Arc<str>, Arc<str>), Option<Uncovered>)>,
+    pub uncovered: Vec<(Name, Option<Uncovered>)>,
 }
 
 impl Delta {
@@ -269,11 +269,8 @@ impl Index {
     pub fn keys_of(&self, kind: Kind) -> Vec<ObjectKey> {
         let none: Arc<str> = Arc::from("");
         let cluster = |name: &Arc<str>| ObjectKey { kind, namespace: none.clone(), name: name.clone() };
-        let named = |(namespace, name): &Name| ObjectKey {
-            kind,
-            namespace: namespace.clone(),
-            name: name.clone(),
-        };
+        let named =
+            |(namespace, name): &Name| ObjectKey { kind, namespace: namespace.clone(), name: name.clone() };
         match kind {
             Kind::Namespace => self.namespaces.keys().map(cluster).collect(),
             Kind::Node => self.nodes.iter().map(cluster).collect(),
@@ -416,7 +413,9 @@ impl Index {
             uncovered = why;
             Arc::new(workload)
         });
-        if let Some(workload) = compiled.as_ref().filter(|w| w.enrolled && !self.enrolled_once.contains(&w.uid)) {
+        if let Some(workload) =
+            compiled.as_ref().filter(|w| w.enrolled && !self.enrolled_once.contains(&w.uid))
+        {
             self.enrolled_once.insert(workload.uid.clone());
         }
         self.set_uncovered(&name, uncovered, delta);

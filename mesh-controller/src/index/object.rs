@@ -53,14 +53,8 @@ pub enum Kind {
 
 impl Kind {
     /// Each of them.
-    pub const ALL: [Self; 6] = [
-        Self::Namespace,
-        Self::Node,
-        Self::ServiceAccount,
-        Self::Pod,
-        Self::Service,
-        Self::EndpointSlice,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::Namespace, Self::Node, Self::ServiceAccount, Self::Pod, Self::Service, Self::EndpointSlice];
 
     /// As in YAML.
     #[must_use]

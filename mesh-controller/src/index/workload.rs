@@ -133,7 +133,8 @@ mod tests {
     #[test]
     fn canonical_labels_fall_back_as_istios_do() {
         let of = |labels: &[(&str, &str)]| {
-            let (w, _) = compile(&pod(labels, Some(("StatefulSet", "db"))), None, Vec::new(), &mut Vec::new());
+            let (w, _) =
+                compile(&pod(labels, Some(("StatefulSet", "db"))), None, Vec::new(), &mut Vec::new());
             [w.app, w.version, w.canonical_service, w.canonical_revision].map(|s| s.to_string())
         };
         assert_eq!(of(&[]), ["db", "latest", "db", "latest"]);

@@ -55,7 +55,12 @@ pub fn text<'a>(secret: &'a Secret, key: &str) -> Result<&'a str> {
 ///
 /// # Errors
 /// For everything that does not make a CA that can sign now.
-pub fn anchor(config: &Config, state: &StateDir, secret: &Secret, now: OffsetDateTime) -> Result<TrustAnchor> {
+pub fn anchor(
+    config: &Config,
+    state: &StateDir,
+    secret: &Secret,
+    now: OffsetDateTime,
+) -> Result<TrustAnchor> {
     let read = || -> Result<TrustAnchor> {
         let assembled = ca::load::assemble(text(secret, CERTIFICATE)?, text(secret, ROOTS)?)?;
         let log = FileLog::open(&state.log(), Durability::EachEntry)?;
@@ -117,7 +122,9 @@ pub async fn obtain(
         return Ok(secret);
     }
     if config.ca_mode == CaMode::Secret {
-        bail!("there is no Secret {name}: with --ca-mode secret it has to be there, with tls.crt, tls.key and ca.crt");
+        bail!(
+            "there is no Secret {name}: with --ca-mode secret it has to be there, with tls.crt, tls.key and ca.crt"
+        );
     }
     let secret = fresh(config, now)?;
     let parameters = PostParams::default();

@@ -88,7 +88,11 @@ impl Candidate {
         self.office.send_if_modified(|was| {
             let changed = *was != leader;
             if changed {
-                tracing::info!(identity = self.identity, "{}", if leader { "leader now" } else { "not the leader" });
+                tracing::info!(
+                    identity = self.identity,
+                    "{}",
+                    if leader { "leader now" } else { "not the leader" }
+                );
             }
             *was = leader;
             changed
@@ -107,10 +111,10 @@ impl Candidate {
                     ..ObjectMeta::default()
                 },
                 spec: Some(self.held(None)),
-                ..Lease::default()
             };
             let parameters = PostParams::default();
-            let made = calls::within(TIMEOUT, "lease", &self.metrics, self.api.create(&parameters, &lease)).await;
+            let made =
+                calls::within(TIMEOUT, "lease", &self.metrics, self.api.create(&parameters, &lease)).await;
             return won(made);
         };
         let spec = lease.spec.clone().unwrap_or_default();

@@ -11,8 +11,8 @@
 
 pub mod ca;
 pub mod calls;
-pub mod ledger;
 pub mod lease;
+pub mod ledger;
 pub mod rotate;
 pub mod rotation;
 pub mod trust;
@@ -202,7 +202,10 @@ impl Running {
                         }
                         Err(error) => {
                             self.cluster.metrics.ca_reload_failures.inc();
-                            tracing::error!(error = format!("{error:#}"), "the CA is not replaced; the last one stays in use");
+                            tracing::error!(
+                                error = format!("{error:#}"),
+                                "the CA is not replaced; the last one stays in use"
+                            );
                         }
                     }
                 }

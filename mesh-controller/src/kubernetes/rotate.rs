@@ -67,12 +67,16 @@ impl Rotator {
                 () = stopping.cancelled() => return Ok(()),
             }
             let Some(secret) = self.secret.borrow_and_update().clone() else { continue };
-            let wanted = secret.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(rotation::ROTATE));
+            let wanted =
+                secret.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(rotation::ROTATE));
             if !self.cluster.loaded() || !(wanted || rotation::under_way(&secret)) {
                 continue;
             }
             if let Err(error) = self.turn(&secret).await {
-                tracing::warn!(error = format!("{error:#}"), "the rotation of the root is not carried on; trying again");
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "the rotation of the root is not carried on; trying again"
+                );
             }
         }
     }
@@ -85,12 +89,9 @@ impl Rotator {
         let (name, metrics) = (self.config.ca_secret.clone(), self.cluster.metrics.clone());
         // Not the watch's copy: a step is taken from what is there now, or not at all.
         let get = self.secrets.get(&name);
-        let secret = calls::within(TIMEOUT, "rotation", &metrics, get).await.context("cannot read the CA's Secret")?;
-        let mesh = Mesh {
-            nodes: self.nodes(),
-            behind: self.behind(&secret).await?,
-            acknowledged,
-        };
+        let secret =
+            calls::within(TIMEOUT, "rotation", &metrics, get).await.context("cannot read the CA's Secret")?;
+        let mesh = Mesh { nodes: self.nodes(), behind: self.behind(&secret).await?, acknowledged };
         let self_signed = self.config.ca_mode == CaMode::SelfSigned;
         let now = OffsetDateTime::now_utc();
         let Some(next) = rotation::step(&secret, &mesh, self_signed, &self.config.trust_domain, now)? else {

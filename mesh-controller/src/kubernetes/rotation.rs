@@ -90,7 +90,13 @@ fn store(secret: &Secret) -> Result<Option<TrustStore>> {
 }
 
 fn annotation<'a>(secret: &'a Secret, key: &str) -> Option<&'a str> {
-    secret.metadata.annotations.as_ref().and_then(|a| a.get(key)).map(String::as_str).filter(|v| !v.is_empty())
+    secret
+        .metadata
+        .annotations
+        .as_ref()
+        .and_then(|a| a.get(key))
+        .map(String::as_str)
+        .filter(|v| !v.is_empty())
 }
 
 /// The status that the Secret bears.
@@ -114,8 +120,11 @@ pub fn step(
     let served = status(secret);
     let mut next = Step { secret: secret.clone() };
     if !self_signed {
-        let Some(id) = asked.filter(|id| served.as_ref().is_none_or(|s| s.id != *id)) else { return Ok(None) };
-        let message = "the CA is not ours (--ca-mode secret); replace it where it comes from, the Secret is followed";
+        let Some(id) = asked.filter(|id| served.as_ref().is_none_or(|s| s.id != *id)) else {
+            return Ok(None);
+        };
+        let message =
+            "the CA is not ours (--ca-mode secret); replace it where it comes from, the Secret is followed";
         next.status(id, "refused", &BTreeSet::new(), message)?;
         return Ok(Some(next.secret));
     }
@@ -125,25 +134,38 @@ pub fn step(
     let id = served.as_ref().map(|s| s.id.clone()).unwrap_or_default();
     match store.phase().clone() {
         Phase::Steady { root: steady } => {
-            let Some(id) = asked.filter(|id| served.as_ref().is_none_or(|s| s.id != *id)) else { return Ok(None) };
+            let Some(id) = asked.filter(|id| served.as_ref().is_none_or(|s| s.id != *id)) else {
+                return Ok(None);
+            };
             if steady != root.as_ref() {
                 // Somebody put another CA in place since the last rotation; that one is what is replaced.
                 store = TrustStore::new(root.to_vec());
             }
             let made = Authority::make_root(trust_domain, ROOT_LIFE, now)?;
-            let der = CertificateDer::from_pem_slice(made.certificate_pem.as_bytes()).context("a root made here")?;
+            let der = CertificateDer::from_pem_slice(made.certificate_pem.as_bytes())
+                .context("a root made here")?;
             store.add(der.to_vec())?;
             next.set(NEXT_CERTIFICATE, made.certificate_pem.as_bytes());
             next.set(NEXT_KEY, made.key_pem.as_bytes());
             next.store(&store)?;
-            next.status(id, "added", &mesh.nodes, "the next root is being made known; the last one still signs")?;
+            next.status(
+                id,
+                "added",
+                &mesh.nodes,
+                "the next root is being made known; the last one still signs",
+            )?;
         }
         Phase::Added { .. } if asked.is_none() => {
             store.cancel()?;
             next.remove(NEXT_CERTIFICATE);
             next.remove(NEXT_KEY);
             next.store(&store)?;
-            next.status(&id, "cancelled", &BTreeSet::new(), "the annotation was removed before the next root signed")?;
+            next.status(
+                &id,
+                "cancelled",
+                &BTreeSet::new(),
+                "the annotation was removed before the next root signed",
+            )?;
         }
         Phase::Added { .. } => {
             acknowledge(&mut store, mesh);
@@ -174,7 +196,8 @@ pub fn step(
                 next.store(&store)?;
                 next.status(&id, "done", &BTreeSet::new(), "only the next root is trusted")?;
             } else {
-                let message = "the next root signs; both are trusted until nobody has a certificate of the last one";
+                let message =
+                    "the next root signs; both are trusted until nobody has a certificate of the last one";
                 next.status(&id, "switched", &waiting, message)?;
             }
         }
@@ -267,7 +290,9 @@ mod tests {
     }
 
     fn signs_with(secret: &Secret) -> Arc<[u8]> {
-        Arc::from(CertificateDer::from_pem_slice(text(secret, CERTIFICATE).unwrap().as_bytes()).unwrap().as_ref())
+        Arc::from(
+            CertificateDer::from_pem_slice(text(secret, CERTIFICATE).unwrap().as_bytes()).unwrap().as_ref(),
+        )
     }
 
     #[test]
@@ -345,7 +370,8 @@ mod tests {
     fn a_ca_that_is_not_ours_is_not_rotated() {
         let mut s = secret();
         ask(&mut s, "first");
-        let next = step(&s, &mesh(&s, &[]), false, "cluster.local", OffsetDateTime::now_utc()).unwrap().unwrap();
+        let next =
+            step(&s, &mesh(&s, &[]), false, "cluster.local", OffsetDateTime::now_utc()).unwrap().unwrap();
         assert_eq!((status(&next).unwrap().phase.as_str(), next.data), ("refused", s.data));
     }
 }

@@ -101,12 +101,7 @@ impl Default for Store {
 impl Store {
     /// Takes changes in, of which the controller heard at `heard`. Resources equal to what is there change nothing. Nodes
     /// hear nothing before [`Self::publish`] was called once.
-    pub fn update(
-        &self,
-        upserts: &[Resource],
-        removals: &[(&'static str, String)],
-        heard: Option<Instant>,
-    ) {
+    pub fn update(&self, upserts: &[Resource], removals: &[(&'static str, String)], heard: Option<Instant>) {
         // Encoded off the lock.
         let encoded: Vec<_> = upserts
             .iter()

@@ -131,7 +131,10 @@ impl ApiServer {
             .arg(format!("--secure-port={port}"))
             .args(["--bind-address=127.0.0.1", "--advertise-address=127.0.0.1"])
             .args(["--service-cluster-ip-range=10.96.0.0/16", "--authorization-mode=RBAC"])
-            .args(["--service-account-issuer=https://kubernetes.default.svc", "--disable-admission-plugins=ServiceAccount"])
+            .args([
+                "--service-account-issuer=https://kubernetes.default.svc",
+                "--disable-admission-plugins=ServiceAccount",
+            ])
             .arg(flag("service-account-key-file", "sa.pub"))
             .arg(flag("service-account-signing-key-file", "sa.key"))
             .arg(flag("client-ca-file", "ca.crt"))
@@ -215,9 +218,9 @@ impl ApiServer {
 
     /// A token as the kubelet asks for it for a pod's volume.
     pub async fn token(&self, account: &str, audience: &str, pod: Option<&Pod>) -> String {
-        let bound = pod.map(|p| {
-            json!({"kind": "Pod", "apiVersion": "v1", "name": p.metadata.name, "uid": p.metadata.uid})
-        });
+        let bound = pod.map(
+            |p| json!({"kind": "Pod", "apiVersion": "v1", "name": p.metadata.name, "uid": p.metadata.uid}),
+        );
         let body = json!({
             "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
             "spec": {"audiences": [audience], "expirationSeconds": 600, "boundObjectRef": bound},
@@ -274,8 +277,7 @@ fn kubeconfig(dir: &Path, port: u16, user: &str) -> PathBuf {
 
 async fn client(dir: &Path, port: u16, user: &str) -> Client {
     let config = Kubeconfig::read_from(kubeconfig(dir, port, user)).unwrap();
-    let config =
-        kube::Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await.unwrap();
+    let config = kube::Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await.unwrap();
     Client::try_from(config).unwrap()
 }
 
@@ -392,23 +394,28 @@ impl Replica {
     }
 
     pub async fn ready(&self) {
-        eventually(|| async { self.get("/healthz/ready").await.contains("\"ready\": true") }, || {
-            format!("the controller did not become ready\n{}", self.log())
-        })
+        eventually(
+            || async { self.get("/healthz/ready").await.contains("\"ready\": true") },
+            || format!("the controller did not become ready\n{}", self.log()),
+        )
         .await;
     }
 
     /// Waits until what it would tell nodes satisfies `holds`.
     pub async fn tells(&self, what: &str, holds: impl Fn(&Value) -> bool) {
-        eventually(|| async { holds(&self.debug().await) }, || {
-            format!("waited in vain for {what}\n{}", self.log())
-        })
+        eventually(
+            || async { holds(&self.debug().await) },
+            || format!("waited in vain for {what}\n{}", self.log()),
+        )
         .await;
     }
 }
 
 /// Waits for a state; polls because it is another process's.
-pub async fn eventually<F: Future<Output = bool>>(mut holds: impl FnMut() -> F, why: impl FnOnce() -> String) {
+pub async fn eventually<F: Future<Output = bool>>(
+    mut holds: impl FnMut() -> F,
+    why: impl FnOnce() -> String,
+) {
     let all = async {
         while !holds().await {
             tokio::time::sleep(Duration::from_millis(20)).await;
