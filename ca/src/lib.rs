@@ -4,6 +4,7 @@
 //! * [`load`]: what a root or intermediate from outside must look like before anything is signed with it;
 //! * [`csr`]: what a request may hold;
 //! * [`node`]: identities of nodes;
+//! * [`facts`]: what people want to know of a CA certificate;
 //! * [`log`]: the append-only record of everything issued, without which nothing is issued;
 //! * [`rotation`]: replacing the root while everybody keeps talking;
 //! * [`deny`]: serial numbers that are no longer accepted.
@@ -14,6 +15,7 @@
 pub mod authority;
 pub mod csr;
 pub mod deny;
+pub mod facts;
 pub mod load;
 pub mod log;
 pub mod node;

@@ -95,8 +95,10 @@ pub struct Metrics {
     refused: Family<Refused, Counter>,
     /// Serials on the deny list.
     pub denied_serials: Gauge,
-    /// Reads of the CA and the roots, on SIGHUP, that failed.
+    /// Reads of the CA and the roots that failed.
     pub ca_reload_failures: Counter,
+    /// When the CA's certificate expires, seconds since the Unix epoch.
+    pub ca_not_after: Gauge,
     /// Connections that ended in the TLS handshake.
     pub handshake_failures: Counter,
     convergence: Family<OfType, Histogram>,
@@ -163,6 +165,11 @@ impl Default for Metrics {
                 &mut r,
                 "ca_reload_failures",
                 "Reads of the CA that failed; the last one stays in use",
+            ),
+            ca_not_after: register(
+                &mut r,
+                "ca_not_after_timestamp_seconds",
+                "When the CA that signs, or one above it, expires; nothing is signed after that",
             ),
             handshake_failures: register(
                 &mut r,
