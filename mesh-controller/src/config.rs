@@ -169,7 +169,7 @@ fn service_account(text: &str) -> Result<(String, String), String> {
 }
 
 /// Reads `90s`, `15m`, `24h`, `30d`, `250ms`.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let millis = match unit {

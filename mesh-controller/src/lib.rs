@@ -6,7 +6,8 @@
 //!                        +--which pod runs where--> certificates/ <--requests------+
 //! ```
 //!
-//! [`controller`] puts it together; [`cluster`] is the state in the middle; [`config`] is what can be set.
+//! [`controller`] puts it together; [`cluster`] is the state in the middle; [`config`] is what can be set;
+//! [`tools`] are small jobs besides.
 
 pub mod admin;
 pub mod authority;
@@ -19,4 +20,5 @@ pub mod kubernetes;
 pub mod metrics;
 pub mod source;
 pub mod tls;
+pub mod tools;
 pub mod xds;

@@ -4,19 +4,29 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
-use clap::Parser as _;
+use clap::{CommandFactory as _, FromArgMatches as _, Subcommand as _};
 use mesh_controller::config::Config;
 use mesh_controller::controller::Controller;
+use mesh_controller::tools::Tool;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 fn main() -> ExitCode {
-    let config = Config::parse();
+    let command = Tool::augment_subcommands(Config::command())
+        .args_conflicts_with_subcommands(true)
+        .subcommand_negates_reqs(true);
+    let given = command.get_matches();
+    let read = if given.subcommand().is_some() {
+        Tool::from_arg_matches(&given).map(Job::Tool)
+    } else {
+        Config::from_arg_matches(&given).map(|config| Job::Serve(Box::new(config)))
+    };
+    let job = read.unwrap_or_else(|error| error.exit());
     // Not returned from here: that would print the error as `Debug` does, with a backtrace for those who asked for those
     // of panics.
-    match start(config) {
+    match job.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("sockmesh-controller: {error:#}");
@@ -25,11 +35,25 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(config: Config) -> Result<()> {
-    start_log(&config)?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("tokio runtime")?;
-    runtime.block_on(run(config))
+enum Job {
+    Tool(Tool),
+    Serve(Box<Config>),
+}
+
+impl Job {
+    fn run(self) -> Result<()> {
+        if let Self::Serve(config) = &self {
+            start_log(config)?;
+        }
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().enable_all().build().context("tokio runtime")?;
+        runtime.block_on(async {
+            match self {
+                Self::Tool(tool) => tool.run().await,
+                Self::Serve(config) => run(*config).await,
+            }
+        })
+    }
 }
 
 fn start_log(config: &Config) -> Result<()> {
