@@ -1,4 +1,14 @@
-//! The admin endpoint: `/metrics`, `/healthz/ready`, `/debug/config`. Plain HTTP/1, nothing secret.
+//! The admin endpoint, plain HTTP/1, nothing secret in it.
+//!
+//! | path | |
+//! |---|---|
+//! | `/metrics` | OpenMetrics |
+//! | `/healthz/live` | 200 as long as the program answers at all; nothing that a restart would not mend counts |
+//! | `/healthz/ready` | 200 once everything was read, and from then on |
+//! | `/healthz/nodes` | 200 when there are node agents and the API server says that all are ready; with a list of them |
+//! | `/debug/ca` | where the CA comes from, which roots are trusted until when, how far a rotation is |
+//! | `/debug/uncovered` | pods that opted in and are not covered |
+//! | `/debug/config` | all that nodes are told, and what they said to it |
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -6,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use ca::facts::Facts;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
@@ -16,12 +27,13 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_api::codec::RESOURCE_TYPES;
 use mesh_api::model::Resource;
 use serde_json::json;
+use time::format_description::well_known::Rfc3339;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Cluster, SourceStatus};
 use crate::index::coverage::Uncovered;
-use crate::index::object::Kind;
+use crate::index::object::{Kind, Pod};
 use crate::metrics::short_type;
 
 /// Longest time for a request's head.
@@ -29,8 +41,17 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after accept(2) failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// What is told of.
+#[derive(Clone)]
+pub struct Admin {
+    /// The state.
+    pub cluster: Arc<Cluster>,
+    /// Namespace and name of the node agents' service account, where they are pods.
+    pub agents: Option<(String, String)>,
+}
+
 /// Serves until `stopping` is cancelled.
-pub async fn serve(listener: TcpListener, cluster: Arc<Cluster>, stopping: CancellationToken) {
+pub async fn serve(listener: TcpListener, admin: Admin, stopping: CancellationToken) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -44,10 +65,10 @@ pub async fn serve(listener: TcpListener, cluster: Arc<Cluster>, stopping: Cance
                 continue;
             }
         };
-        let cluster = cluster.clone();
+        let admin = admin.clone();
         tokio::spawn(async move {
             let service = service_fn(|request: Request<Incoming>| {
-                let response = answer(request.method(), request.uri().path(), &cluster);
+                let response = answer(request.method(), request.uri().path(), &admin);
                 async move { Ok::<_, Infallible>(response) }
             });
             let connection = http1::Builder::new()
@@ -61,7 +82,8 @@ pub async fn serve(listener: TcpListener, cluster: Arc<Cluster>, stopping: Cance
     }
 }
 
-fn answer(method: &Method, path: &str, cluster: &Cluster) -> Response<Full<Bytes>> {
+fn answer(method: &Method, path: &str, admin: &Admin) -> Response<Full<Bytes>> {
+    let cluster = &*admin.cluster;
     if method != Method::GET {
         return text(StatusCode::METHOD_NOT_ALLOWED, "only GET".to_owned());
     }
@@ -72,12 +94,17 @@ fn answer(method: &Method, path: &str, cluster: &Cluster) -> Response<Full<Bytes
             }
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
         },
+        // Not of the API server: a controller without it serves what it knows, and one that is started anew has nothing.
+        "/healthz/live" => text(StatusCode::OK, "alive\n".to_owned()),
         "/healthz/ready" => ready(cluster),
+        "/healthz/nodes" => nodes(admin),
+        "/debug/ca" => json_response(StatusCode::OK, &authority(cluster)),
         "/debug/uncovered" => json_response(StatusCode::OK, &uncovered(cluster)),
         "/debug/config" => json_response(StatusCode::OK, &debug(cluster)),
         _ => text(
             StatusCode::NOT_FOUND,
-            "there are /metrics, /healthz/ready, /debug/config and /debug/uncovered\n".to_owned(),
+            "there are /metrics, /healthz/live, ready and nodes, /debug/ca, config and uncovered\n"
+                .to_owned(),
         ),
     }
 }
@@ -114,6 +141,45 @@ fn ready_from_kubernetes(status: StatusCode, loaded: bool, source: &SourceStatus
         format!("not listed from the API server yet: {}; see the log for why", waiting.join(", "))
     };
     json_response(status, &json!({ "ready": loaded, "detail": detail, "errors": source.invalid }))
+}
+
+/// Whether every agent is ready, as its pod's condition says. Which nodes should have one is the DaemonSet's to say;
+/// those without are listed.
+fn nodes(admin: &Admin) -> Response<Full<Bytes>> {
+    let Some((namespace, account)) = &admin.agents else {
+        return text(StatusCode::NOT_FOUND, "node agents are no pods without --kubernetes\n".to_owned());
+    };
+    let index = admin.cluster.index();
+    let agents: Vec<&Pod> = index.agents(namespace, account).filter(|pod| pod.deletion.is_none()).collect();
+    let is_ready = |pod: &Pod| pod.ready_condition == Some(true);
+    // While one is replaced, the node has two.
+    let with: BTreeMap<&str, bool> = agents.iter().fold(BTreeMap::new(), |mut with, pod| {
+        *with.entry(&*pod.node).or_default() |= is_ready(pod);
+        with
+    });
+    let waiting: Vec<&str> = with.iter().filter(|(_, ready)| !**ready).map(|(node, _)| *node).collect();
+    let without: Vec<&str> = index.nodes().map(|n| &**n).filter(|n| !with.contains_key(n)).collect();
+    let ready = admin.cluster.loaded() && !with.is_empty() && waiting.is_empty();
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let body =
+        json!({ "ready": ready, "agents": with.len(), "waitingFor": waiting, "withoutAgent": without });
+    json_response(status, &body)
+}
+
+fn authority(cluster: &Cluster) -> serde_json::Value {
+    let (anchor, ca) = (cluster.trust_anchor(), cluster.ca.read().clone());
+    // The first one is that of the CA that signs.
+    let roots: Vec<_> = anchor.roots.iter().map(|der| Facts::of(der)).collect();
+    let until = anchor.authority.not_after();
+    json!({
+        "mode": ca.mode,
+        "secret": ca.secret,
+        "leader": cluster.metrics.leader.get() == 1,
+        "trustDomain": anchor.authority.trust_domain(),
+        "signsUntil": until.format(&Rfc3339).unwrap_or_default(),
+        "roots": roots,
+        "rotation": ca.rotation,
+    })
 }
 
 /// Pods that opted in and are not covered.

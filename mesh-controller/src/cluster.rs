@@ -20,6 +20,7 @@ use crate::certificates::ledger::Ledger;
 use crate::certificates::shared::{SharedLedger, node_name, root_mark};
 use crate::index::object::{Invalid, Kind, Object, ObjectKey};
 use crate::index::{Delta, Index, IndexConfig, Problem};
+use crate::kubernetes::rotation::Status;
 use crate::metrics::Metrics;
 use crate::source::manifests::ManifestError;
 use crate::xds::nodes::Nodes;
@@ -63,6 +64,17 @@ pub struct SourceStatus {
     pub errors: Vec<ManifestError>,
 }
 
+/// Where the CA comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CaSource {
+    /// `files`, `self-signed` or `secret`.
+    pub mode: &'static str,
+    /// Namespace and name of its Secret, if that is where it is.
+    pub secret: Option<String>,
+    /// How far the last rotation is.
+    pub rotation: Option<Status>,
+}
+
 /// The shared state.
 pub struct Cluster {
     index: RwLock<Index>,
@@ -79,6 +91,8 @@ pub struct Cluster {
     /// Counters.
     pub metrics: Arc<Metrics>,
     anchor: RwLock<Arc<TrustAnchor>>,
+    /// Where the CA comes from; for people.
+    pub ca: RwLock<CaSource>,
     source: RwLock<SourceStatus>,
     loaded: AtomicBool,
     /// Held while the trust resource is made, so that an older deny list never replaces a newer one. Holds the mark of the
@@ -106,6 +120,7 @@ impl Cluster {
             ledger,
             metrics,
             anchor: RwLock::new(Arc::new(anchor)),
+            ca: RwLock::new(CaSource { mode: "files", secret: None, rotation: None }),
             source: RwLock::default(),
             loaded: AtomicBool::new(false),
             trust_order: Mutex::new(None),
@@ -289,6 +304,8 @@ impl Cluster {
             }
             self.metrics.uncovered(index.uncovered().values());
         }
+        let until = self.trust_anchor().authority.not_after();
+        self.metrics.ca_not_after.set(until.unix_timestamp());
         self.metrics.invalid_now.set(gauge(self.source.read().invalid.len()));
         for (type_url, (resources, bytes)) in self.store.sizes() {
             self.metrics.sizes(type_url, resources, bytes);

@@ -127,9 +127,11 @@ impl Controller {
         };
         tasks.spawn(maintain(config.clone(), cluster.clone(), endpoint.clone(), stopping.clone()));
         tasks.spawn({
-            let (cluster, stopping) = (cluster.clone(), stopping.clone());
+            let agents = config.kubernetes.then(|| config.agent_account());
+            let admin = admin::Admin { cluster: cluster.clone(), agents };
+            let stopping = stopping.clone();
             async move {
-                admin::serve(admin_listener, cluster, stopping).await;
+                admin::serve(admin_listener, admin, stopping).await;
                 Ok(())
             }
         });

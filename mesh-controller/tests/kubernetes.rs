@@ -6,117 +6,15 @@ mod harness;
 
 use std::collections::BTreeMap;
 
-use apiserver::{ApiServer, PATIENCE, Replica, SYSTEM, command, create, eventually, object};
-use harness::{Node, csr, key};
-use k8s_openapi::ByteString;
+use apiserver::story::{WEB, agent, cluster, follow, register, told, trusts, uid, until};
+use apiserver::{PATIENCE, Replica, SYSTEM, create, eventually, object};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
+use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::Api;
-use kube::api::{Patch, PatchParams};
-use mesh_api::client::{ClientIdentity, ControllerEndpoint, DeltaClient};
-use mesh_api::model::{Resource, Trust};
-use mesh_api::proto::mesh::RegisterRequest;
-use mesh_api::proto::mesh::node_service_client::NodeServiceClient;
+use kube::api::DeleteParams;
+use mesh_api::model::Resource;
 use serde_json::{Value, json};
-use tokio::sync::watch;
-use tonic::{Code, Status};
-
-const WEB: &str = "spiffe://cluster.local/ns/shop/sa/default";
-
-/// Gives the controller the rights that the README lists, and nothing else.
-async fn grant(api: &ApiServer) {
-    let readme = include_str!("../README.md");
-    let yaml = readme.split("```yaml").nth(1).unwrap().split("```").next().unwrap();
-    for document in yaml.split("\n---\n") {
-        let role: Value = serde_saphyr::from_str(document).unwrap();
-        create(&api.client, &role).await;
-    }
-    let subjects = json!([{"kind": "User", "name": "controller", "apiGroup": "rbac.authorization.k8s.io"}]);
-    for (kind, role, namespace) in
-        [("ClusterRoleBinding", "ClusterRole", None), ("RoleBinding", "Role", Some(SYSTEM))]
-    {
-        let mut binding = json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": kind, "metadata": {"name": "controller"},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": role, "name": "sockmesh-controller"},
-            "subjects": subjects,
-        });
-        if let Some(namespace) = namespace {
-            binding["metadata"]["namespace"] = json!(namespace);
-        }
-        create(&api.client, &binding).await;
-    }
-}
-
-/// An API server with two nodes, the enrolled namespace `shop`, and rights for the controller.
-async fn cluster() -> Option<ApiServer> {
-    let api = ApiServer::start().await?;
-    grant(&api).await;
-    for node in ["node-a", "node-b"] {
-        api.node(node).await;
-    }
-    api.namespace("shop", true).await;
-    Some(api)
-}
-
-fn uid(pod: &Pod) -> String {
-    pod.metadata.uid.clone().unwrap()
-}
-
-/// What a controller would tell nodes of a pod.
-fn told<'a>(debug: &'a Value, pod: &Pod) -> &'a Value {
-    &debug["resources"]["Workload"][uid(pod)]["resource"]
-}
-
-async fn roots(api: &ApiServer) -> String {
-    let maps: Api<ConfigMap> = Api::namespaced(api.client.clone(), SYSTEM);
-    object(&maps, "sockmesh-trust").await.data.unwrap()["root.pem"].clone()
-}
-
-async fn register(api: &ApiServer, replica: &Replica, node: &str, token: &str) -> Result<Node, Status> {
-    let key = key();
-    let mut endpoint = ControllerEndpoint {
-        address: replica.listen.clone(),
-        server_name: format!("sockmesh-controller.{SYSTEM}.svc"),
-        roots_pem: roots(api).await,
-        identity: None,
-    };
-    let request =
-        RegisterRequest { token: token.to_owned(), node: node.to_owned(), csr_der: csr(&key, None).into() };
-    let channel = endpoint.connect().await.unwrap();
-    let response = NodeServiceClient::new(channel).register(request).await?.into_inner();
-    let pem = |der: &bytes::Bytes| pem::encode(&pem::Pem::new("CERTIFICATE", der.as_ref()));
-    let chain_pem = response.chain_der.iter().map(pem).collect();
-    endpoint.identity = Some(ClientIdentity { chain_pem, key_pem: key.serialize_pem() });
-    Ok(Node { name: node.to_owned(), endpoint })
-}
-
-/// An agent's pod on a node, and the node registered with its token.
-async fn agent(api: &ApiServer, replica: &Replica, node: &str) -> Node {
-    let pods: Api<Pod> = Api::namespaced(api.client.clone(), SYSTEM);
-    let name = format!("sockmesh-{node}");
-    let pod = match pods.get_opt(&name).await.unwrap() {
-        Some(pod) => pod,
-        None => api.pod_as(SYSTEM, &name, node, "10.99.0.1", "sockmesh-node").await,
-    };
-    replica.tells("the agent's pod", |debug| !told(debug, &pod).is_null()).await;
-    let token = api.token("sockmesh-node", "sockmesh-controller", Some(&pod)).await;
-    register(api, replica, node, &token).await.unwrap()
-}
-
-/// Follows a node's stream until its trust satisfies `holds`.
-async fn trusts(client: &mut DeltaClient, what: &str, holds: impl Fn(&Trust) -> bool) {
-    let all = async {
-        loop {
-            let update = client.next().await.unwrap();
-            let found = update.upserts.iter().any(|u| matches!(&u.resource, Resource::Trust(t) if holds(t)));
-            update.answer.accept();
-            if found {
-                return;
-            }
-        }
-    };
-    assert!(tokio::time::timeout(PATIENCE, all).await.is_ok(), "waited in vain for {what}");
-}
+use tonic::Code;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pod_is_known_and_certified_before_it_has_an_address() {
@@ -179,7 +77,10 @@ async fn what_cannot_be_covered_is_listed_and_gets_no_certificate() {
         let pods: Api<Pod> = Api::namespaced(api.client.clone(), "shop");
         uids.insert(name, uid(&pods.get(name).await.unwrap()));
     }
+    let listed_as_there = |debug: &Value| !debug["resources"]["Workload"][&uids["done"]].is_null();
+    replica.tells("the pod that will finish", listed_as_there).await;
     api.status("shop", "done", json!({"phase": "Succeeded"})).await;
+    replica.tells("the pod to finish", |debug| !listed_as_there(debug)).await;
     let all_listed = |debug: &Value| debug["uncovered"].as_array().is_some_and(|u| u.len() == 3);
     replica.tells("the uncovered pods", all_listed).await;
     let listed: Value = serde_json::from_str(&replica.get("/debug/uncovered").await).unwrap();
@@ -315,27 +216,6 @@ async fn replicas_that_race_for_the_first_ca_end_up_with_the_same_one_and_one_le
     .await;
 }
 
-/// Follows a node's stream, accepting everything; gives the trust as it changes.
-fn follow(mut client: DeltaClient) -> watch::Receiver<Trust> {
-    let (sender, receiver) = watch::channel(Trust::default());
-    tokio::spawn(async move {
-        while let Some(update) = client.next().await {
-            for upsert in update.upserts {
-                if let Resource::Trust(trust) = upsert.resource {
-                    sender.send_replace(trust);
-                }
-            }
-            update.answer.accept();
-        }
-    });
-    receiver
-}
-
-async fn until(trust: &mut watch::Receiver<Trust>, what: &str, holds: impl FnMut(&Trust) -> bool) {
-    let waited = tokio::time::timeout(PATIENCE, trust.wait_for(holds)).await;
-    assert!(waited.is_ok_and(|w| w.is_ok()), "waited in vain for {what}");
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_one_replica_signed_all_replicas_deny_and_so_do_later_ones() {
     let Some(api) = cluster().await else { return };
@@ -379,139 +259,110 @@ async fn what_one_replica_signed_all_replicas_deny_and_so_do_later_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_root_is_replaced_while_the_leader_dies_and_each_step_waits_for_the_nodes() {
+async fn odd_objects_have_the_outcome_that_the_readme_gives() {
     let Some(api) = cluster().await else { return };
-    let secrets: Api<Secret> = Api::namespaced(api.client.clone(), SYSTEM);
-    let leader = Replica::start(&api, "leader");
-    leader.ready().await;
-    let leading = "sockmesh_controller_leader";
-    eventually(|| async { leader.metric(leading).await == Some(1.0) }, || leader.log()).await;
-    let other = Replica::start(&api, "other");
-    other.ready().await;
-    let (node_a, node_b) = (agent(&api, &other, "node-a").await, agent(&api, &other, "node-b").await);
-    let pod = api.pod("shop", "web", "node-a", "10.1.0.1").await;
-    other.tells("the pod", |debug| !told(debug, &pod).is_null()).await;
-    node_a.issue(&uid(&pod), WEB).await.unwrap();
-    let mut trust_a = follow(node_a.stream(Vec::new()));
-    until(&mut trust_a, "the first trust", |t| t.roots.len() == 1).await;
-    let old = trust_a.borrow().roots[0].clone();
-
-    let ask = Patch::Merge(json!({"metadata": {"annotations": {"sockmesh.io/rotate": "test-1"}}}));
-    secrets.patch("sockmesh-ca", &PatchParams::default(), &ask).await.unwrap();
-    until(&mut trust_a, "both roots", |t| t.roots.len() == 2 && t.roots[0] == old).await;
-    let status = || async {
-        let secret = secrets.get("sockmesh-ca").await.unwrap();
-        let text = secret.metadata.annotations.unwrap_or_default().remove("sockmesh.io/rotation");
-        text.map(|t| serde_json::from_str::<Value>(&t).unwrap()).unwrap_or_default()
-    };
-    let is = |status: Value, phase: &str, waiting: Value| {
-        status["phase"] == phase && status["waitingFor"] == waiting
-    };
-    // The other node has no stream, so it has acknowledged nothing.
-    let waits = || async { is(status().await, "added", json!(["node-b"])) };
-    eventually(waits, || format!("{}{}", leader.log(), other.log())).await;
-
-    // Dies without a word; the other replica carries on from the Secret.
-    drop(leader);
-    let trust_b = follow(node_b.stream(Vec::new()));
-    until(&mut trust_a, "the switch", |t| t.roots.len() == 2 && t.roots[1] == old).await;
-    let waits = || async { is(status().await, "switched", json!(["node-a", "node-b"])) };
-    eventually(waits, || other.log()).await;
-    assert_eq!(trust_b.borrow().roots.len(), 2);
-
-    // Its own certificate and its pod's are of the last root until they are renewed.
-    let again_b = agent(&api, &other, "node-b").await;
-    let waits = || async { is(status().await, "switched", json!(["node-a"])) };
-    eventually(waits, || other.log()).await;
-    let again_a = agent(&api, &other, "node-a").await;
-    again_a.issue(&uid(&pod), WEB).await.unwrap();
-    until(&mut trust_a, "the last root to go", |t| t.roots.len() == 1 && t.roots[0] != old).await;
-    eventually(|| async { is(status().await, "done", json!([])) }, || other.log()).await;
-    let new = ca::pem_of(&trust_a.borrow().roots[0]);
-    eventually(|| async { roots(&api).await == new }, || "the ConfigMap has other roots".to_owned()).await;
-    drop(again_b);
-}
-
-fn refused(command: &mut std::process::Command) -> String {
-    let output = command.output().unwrap();
-    assert!(!output.status.success());
-    String::from_utf8(output.stderr).unwrap()
-}
-
-/// A Secret with a CA; `life` from now on, negative for one that has expired.
-fn ca_secret(name: &str, days: i64) -> Secret {
-    let now = time::OffsetDateTime::now_utc() - time::Duration::days(10);
-    let life = std::time::Duration::from_secs(u64::try_from(10 + days).unwrap() * 24 * 3600);
-    let root = ca::Authority::make_root("cluster.local", life, now).unwrap();
-    let bytes = |text: &str| ByteString(text.as_bytes().to_vec());
-    let mut secret = Secret {
-        type_: Some("kubernetes.io/tls".to_owned()),
-        data: Some(BTreeMap::from([
-            ("tls.crt".to_owned(), bytes(&root.certificate_pem)),
-            ("ca.crt".to_owned(), bytes(&root.certificate_pem)),
-            ("tls.key".to_owned(), bytes(&root.key_pem)),
-        ])),
-        ..Secret::default()
-    };
-    secret.metadata.name = Some(name.to_owned());
-    secret
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_ca_secret_that_is_absent_expired_or_unreadable_stops_the_start() {
-    let Some(api) = cluster().await else { return };
-    let secrets: Api<Secret> = Api::namespaced(api.client.clone(), SYSTEM);
-    let with_secret = |name: &str| {
-        let mut command = command(&api, "one");
-        command.args(["--ca-mode", "secret", "--ca-secret", name]);
-        command
-    };
-    let error = refused(&mut with_secret("sockmesh-ca"));
-    assert!(error.contains("there is no Secret sockmesh-system/sockmesh-ca"), "{error}");
-
-    // In the other mode too: what is there is not replaced.
-    apiserver::put(&secrets, &ca_secret("sockmesh-ca", -1)).await;
-    for mut command in [with_secret("sockmesh-ca"), command(&api, "one")] {
-        let error = refused(&mut command);
-        assert!(
-            error.contains("expired on") && error.contains("Secret sockmesh-system/sockmesh-ca"),
-            "{error}"
-        );
-    }
-    let patch = Patch::Merge(json!({"data": {"tls.key": null}}));
-    secrets.patch("sockmesh-ca", &PatchParams::default(), &patch).await.unwrap_or_else(|e| {
-        // The type kubernetes.io/tls insists on the key; then it is emptied instead.
-        assert!(e.to_string().contains("tls.key"), "{e}");
-        ca_secret("unused", 1)
-    });
-    let patch = Patch::Merge(json!({"data": {"tls.key": "", "tls.crt": "bm8="}}));
-    secrets.patch("sockmesh-ca", &PatchParams::default(), &patch).await.unwrap();
-    let error = refused(&mut command(&api, "one"));
-    assert!(error.contains("the CA in it cannot be used"), "{error}");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_ca_from_a_secret_is_followed_and_a_bad_one_is_not_taken() {
-    let Some(api) = cluster().await else { return };
-    let secrets: Api<Secret> = Api::namespaced(api.client.clone(), SYSTEM);
-    apiserver::put(&secrets, &ca_secret("sockmesh-ca", 30)).await;
-    let mut command = command(&api, "one");
-    command.args(["--ca-mode", "secret"]);
-    let replica = Replica::run(command);
+    let replica = Replica::start(&api, "one");
     replica.ready().await;
-    let roots_told = |debug: &Value| debug["resources"]["Trust"]["trust"]["resource"]["roots"].clone();
-    let before = roots_told(&replica.debug().await);
+    let namespace = json!({
+        "apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "odd", "labels": {"sockmesh.io/mesh": "on"}},
+    });
+    create(&api.client, &namespace).await;
+    let unlabelled = api.pod("odd", "plain", "node-a", "10.1.9.1").await;
+    let theirs = api.pod("shop", "theirs", "node-b", "10.1.0.1").await;
+    for name in ["thief", "empty"] {
+        create(
+            &api.client,
+            &json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "odd"},
+                "spec": {"clusterIP": "None", "ports": [{"name": "http", "port": 80}]},
+            }),
+        )
+        .await;
+    }
+    create(&api.client, &json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": "thief", "namespace": "odd", "labels": {"kubernetes.io/service-name": "thief"}},
+        "ports": [{"name": "http", "port": 80}],
+        "endpoints": [{
+            "addresses": ["10.1.0.1"],
+            "targetRef": {"kind": "Pod", "namespace": "shop", "name": "theirs", "uid": uid(&theirs)},
+        }],
+    }))
+    .await;
+    let service = |debug: &Value, name: &str| debug["resources"]["Service"][name]["resource"].clone();
+    let both = |debug: &Value| {
+        service(debug, "odd/thief")["endpoints"][0]["address"] == "10.1.0.1"
+            && !service(debug, "odd/empty").is_null()
+    };
+    replica.tells("the services", both).await;
+    replica.tells("the pods", |debug| [&unlabelled, &theirs].iter().all(|p| !told(debug, p).is_null())).await;
+    let debug = replica.debug().await;
+    assert_eq!(told(&debug, &unlabelled)["enrolled"], false);
+    assert_eq!(service(&debug, "odd/thief")["endpoints"][0]["workload"], Value::Null);
+    assert_eq!(service(&debug, "odd/empty")["endpoints"], json!([]));
+    let problem =
+        |object: &str| debug["problems"][object][0]["message"].as_str().unwrap_or_default().to_owned();
+    assert!(problem("Namespace odd").contains("\"on\""), "{}", debug["problems"]);
+    assert!(problem("Service odd/thief").contains("pod shop/theirs"), "{}", debug["problems"]);
+    assert_eq!(replica.metric("sockmesh_controller_problem_objects").await, Some(2.0));
 
-    let next = ca_secret("sockmesh-ca", 60);
-    let patch = Patch::Merge(json!({"data": next.data}));
-    secrets.patch("sockmesh-ca", &PatchParams::default(), &patch).await.unwrap();
-    replica.tells("the next root", |debug| roots_told(debug) != before).await;
-    let in_force = roots_told(&replica.debug().await);
+    // Churn: the address goes to the next pod while the last one is still being deleted, and stays there.
+    create(&api.client, &json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "leaves", "namespace": "shop"},
+        "spec": {"nodeName": "node-a", "containers": [{"name": "c", "image": "none"}], "terminationGracePeriodSeconds": 600},
+    }))
+    .await;
+    let has = json!({"phase": "Running", "podIP": "10.1.0.7", "podIPs": [{"ip": "10.1.0.7"}]});
+    let leaves = api.status("shop", "leaves", has).await;
+    replica.tells("the first", |debug| told(debug, &leaves)["addresses"] == json!(["10.1.0.7"])).await;
+    let pods: Api<Pod> = Api::namespaced(api.client.clone(), "shop");
+    pods.delete("leaves", &DeleteParams::default()).await.unwrap();
+    let comes = api.pod("shop", "comes", "node-a", "10.1.0.7").await;
+    replica.tells("the second", |debug| told(debug, &comes)["addresses"] == json!(["10.1.0.7"])).await;
+    assert_eq!(told(&replica.debug().await, &leaves)["addresses"], json!([]));
+    assert_eq!(replica.metric("sockmesh_controller_duplicate_pod_addresses").await, Some(1.0));
+    api.delete_pod(&api.client, "shop", "leaves").await;
+    replica.tells("the first to go", |debug| told(debug, &leaves).is_null()).await;
+    assert_eq!(told(&replica.debug().await, &comes)["addresses"], json!(["10.1.0.7"]));
+    assert_eq!(replica.metric("sockmesh_controller_duplicate_pod_addresses").await, Some(0.0));
+}
 
-    let patch = Patch::Merge(json!({"data": ca_secret("sockmesh-ca", -1).data}));
-    secrets.patch("sockmesh-ca", &PatchParams::default(), &patch).await.unwrap();
-    let failures = "sockmesh_controller_ca_reload_failures_total";
-    eventually(|| async { replica.metric(failures).await == Some(1.0) }, || replica.log()).await;
-    assert_eq!(roots_told(&replica.debug().await), in_force);
-    assert!(replica.log().contains("the last one stays in use"));
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_time_from_event_to_acknowledgement_is_counted_for_each_node() {
+    let Some(api) = cluster().await else { return };
+    let replica = Replica::start(&api, "one");
+    replica.ready().await;
+    let (a, b) = (agent(&api, &replica, "node-a").await, agent(&api, &replica, "node-b").await);
+    let mut trust = follow(a.stream(Vec::new()));
+    until(&mut trust, "the first trust", |t| !t.roots.is_empty()).await;
+    let mut refuses = b.stream(Vec::new());
+    let count = "sockmesh_controller_convergence_seconds_count{resource=\"Workload\"}";
+    let before = replica.metric(count).await.unwrap_or_default();
+    let pod = api.pod("shop", "web", "node-a", "10.1.0.1").await;
+    eventually(|| async { replica.metric(count).await.unwrap_or_default() > before }, || replica.log()).await;
+    assert!(replica.metric("sockmesh_controller_acks_total{resource=\"Workload\"}").await >= Some(2.0));
+    assert_eq!(replica.metric("sockmesh_controller_streams").await, Some(2.0));
+    assert_eq!(replica.metric("sockmesh_controller_resources{resource=\"Workload\"}").await, Some(3.0));
+    assert!(replica.metric("sockmesh_controller_resource_bytes{resource=\"Workload\"}").await > Some(0.0));
+    assert_eq!(replica.metric("sockmesh_controller_objects{object=\"Pod\"}").await, Some(3.0));
+
+    let refused = async {
+        loop {
+            let update = refuses.next().await.unwrap();
+            let named = update
+                .upserts
+                .iter()
+                .any(|u| matches!(&u.resource, Resource::Workload(w) if *w.uid == uid(&pod)));
+            if named {
+                update.answer.reject("the node cannot do that");
+                return;
+            }
+            update.answer.accept();
+        }
+    };
+    tokio::time::timeout(PATIENCE, refused).await.unwrap();
+    let nacks = "sockmesh_controller_nacks_total{resource=\"Workload\"}";
+    eventually(|| async { replica.metric(nacks).await == Some(1.0) }, || replica.log()).await;
+    let said = &replica.debug().await["nodes"]["node-b"]["types"];
+    assert!(said.to_string().contains("the node cannot do that"), "{said:#}");
 }

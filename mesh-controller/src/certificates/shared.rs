@@ -20,6 +20,8 @@ use time::OffsetDateTime;
 pub const SHARDS: u8 = 16;
 /// Format of a part.
 const FORMAT: u8 = 1;
+/// Begins the names of nodes' certificates.
+const NODE: &str = "node/";
 /// Longest name: `node/` and a node's name.
 const MAX_NAME: usize = 255;
 
@@ -73,7 +75,13 @@ fn shard_of(name: &str) -> u8 {
 /// The name under which a node's own certificate is kept.
 #[must_use]
 pub fn node_name(node: &str) -> String {
-    format!("node/{node}")
+    format!("{NODE}{node}")
+}
+
+/// The node, if the name is that of a node's certificate.
+#[must_use]
+pub fn as_node(name: &str) -> Option<&str> {
+    name.strip_prefix(NODE)
 }
 
 impl State {
@@ -109,7 +117,7 @@ impl SharedLedger {
         let gone: Vec<(Arc<str>, Held)> = state
             .held
             .iter()
-            .filter(|(name, held)| !held.gone && !name.starts_with("node/") && !live(name))
+            .filter(|(name, held)| !held.gone && as_node(name).is_none() && !live(name))
             .map(|(name, held)| (name.clone(), Held { gone: true, ..*held }))
             .collect();
         let mut grown = false;
@@ -138,6 +146,15 @@ impl SharedLedger {
         let state = self.0.lock();
         let others = state.held.iter().filter(|(_, h)| !h.gone && h.root != root && h.until > now);
         others.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Nodes with an unexpired certificate.
+    #[must_use]
+    pub fn nodes(&self, now: OffsetDateTime) -> Vec<String> {
+        let now = now.unix_timestamp();
+        let state = self.0.lock();
+        let unexpired = state.held.iter().filter(|(_, held)| held.until > now);
+        unexpired.filter_map(|(name, _)| as_node(name)).map(str::to_owned).collect()
     }
 
     /// Forgets what has expired. True when the deny list has shrunk.
@@ -272,13 +289,16 @@ mod tests {
         assert_eq!(b.denied(), [Arc::from("pod-2")]);
         assert_eq!(a.under_other_roots(2, now()), Vec::<Arc<str>>::new());
         assert_eq!(a.under_other_roots(1, now()), [Arc::from("pod-1")]);
+        a.issued(&node_name("n1"), 1, now() + HOUR);
+        a.issued(&node_name("n2"), 1, now());
+        assert_eq!(a.nodes(now()), ["n1"]);
         assert!(!a.deny("pod-2", now()), "it is denied already");
     }
 
     #[test]
     fn a_replica_that_starts_denies_what_went_while_none_ran() {
         let (before, after) = (SharedLedger::default(), SharedLedger::default());
-        for name in ["stays", "went", "node/n1"] {
+        for name in ["stays", "went", node_name("n1").as_str()] {
             before.issued(name, 1, now() + HOUR);
         }
         exchange(&before, &after);

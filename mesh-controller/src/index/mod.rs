@@ -540,9 +540,10 @@ impl Index {
         self.nodes.iter()
     }
 
-    /// All pods.
-    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
-        self.pods.by_name.values()
+    /// Pods of the node agents: those of their service account that are on a node and have not finished.
+    pub fn agents<'a>(&'a self, namespace: &'a str, account: &'a str) -> impl Iterator<Item = &'a Pod> {
+        let of_account = move |pod: &&Pod| *pod.service_account == *account && !pod.node.is_empty();
+        service::Pods::of_namespace(&self.pods, namespace).filter(of_account)
     }
 
     /// The pod with this UID, finished or not, and the workload it was compiled to if it has one.

@@ -33,8 +33,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::authority::StateDir;
-use crate::cluster::{Cluster, TrustAnchor};
-use crate::config::Config;
+use crate::cluster::{CaSource, Cluster, TrustAnchor};
+use crate::config::{CaMode, Config};
 use crate::metrics::Metrics;
 use crate::{source, tls};
 
@@ -118,6 +118,14 @@ impl Running {
         let identity = self.config.pod_name.clone().unwrap_or_else(own_name);
         let (client, namespace) = (self.client.clone(), self.config.namespace.clone());
         let metrics = self.cluster.metrics.clone();
+        *self.cluster.ca.write() = CaSource {
+            mode: match self.config.ca_mode {
+                CaMode::SelfSigned => "self-signed",
+                CaMode::Secret => "secret",
+            },
+            secret: Some(format!("{namespace}/{}", self.config.ca_secret)),
+            rotation: None,
+        };
         let (candidate, leader) = lease::Candidate::new(client.clone(), &namespace, identity, metrics);
         let (anchors, anchor_changes) = watch::channel(0);
         let (secret, secret_seen) = watch::channel(None);
@@ -190,6 +198,9 @@ impl Running {
                 }
                 Some(Ok(watcher::Event::Apply(secret) | watcher::Event::InitApply(secret))) => {
                     failures = 0;
+                    if self.config.ca_mode == CaMode::SelfSigned {
+                        self.cluster.ca.write().rotation = rotation::status(&secret);
+                    }
                     seen.send_replace(Some(secret.clone()));
                     // A relist brings what is known.
                     if taken.as_ref() == Some(&secret.data) {
@@ -229,6 +240,14 @@ impl Running {
         let names = config.endpoint_names();
         self.endpoint.renew(&anchor.authority, &anchor.roots, &names, config.server_cert_ttl, now)?;
         tracing::info!(roots = anchor.roots.len(), until = %anchor.authority.not_after(), "CA taken over");
+        let before = self.cluster.trust_anchor();
+        if !anchor.roots.iter().any(|root| **root == *before.authority.root_der()) {
+            tracing::warn!(
+                secret = config.ca_secret,
+                "the root changed in one step: nodes refuse certificates of the last root from now on, until each pod has \
+                 its next one; with both roots in ca.crt for as long as --workload-cert-ttl nothing would be refused"
+            );
+        }
         self.cluster.set_trust_anchor(anchor);
         Ok(())
     }

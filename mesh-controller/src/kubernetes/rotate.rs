@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::calls::{self, CallError};
 use super::ledger::Stored;
 use super::rotation::{self, Mesh};
-use crate::certificates::shared::root_mark;
+use crate::certificates::shared::{as_node, root_mark};
 use crate::cluster::Cluster;
 use crate::config::{CaMode, Config};
 
@@ -67,9 +67,12 @@ impl Rotator {
                 () = stopping.cancelled() => return Ok(()),
             }
             let Some(secret) = self.secret.borrow_and_update().clone() else { continue };
-            let wanted =
-                secret.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(rotation::ROTATE));
-            if !self.cluster.loaded() || !(wanted || rotation::under_way(&secret)) {
+            let asked = rotation::asked(&secret);
+            if self.config.ca_mode == CaMode::Secret {
+                self.decline(asked);
+                continue;
+            }
+            if !self.cluster.loaded() || !(asked.is_some() || rotation::under_way(&secret)) {
                 continue;
             }
             if let Err(error) = self.turn(&secret).await {
@@ -78,6 +81,18 @@ impl Rotator {
                     "the rotation of the root is not carried on; trying again"
                 );
             }
+        }
+    }
+
+    /// Says why nothing is done. Somebody else's Secret is not written to, not even that.
+    fn decline(&self, asked: Option<&str>) {
+        let declined = asked.map(rotation::Status::refused);
+        let mut ca = self.cluster.ca.write();
+        if ca.rotation != declined {
+            if let Some(status) = &declined {
+                tracing::warn!(id = status.id, secret = self.config.ca_secret, "{}", status.message);
+            }
+            ca.rotation = declined;
         }
     }
 
@@ -91,10 +106,10 @@ impl Rotator {
         let get = self.secrets.get(&name);
         let secret =
             calls::within(TIMEOUT, "rotation", &metrics, get).await.context("cannot read the CA's Secret")?;
-        let mesh = Mesh { nodes: self.nodes(), behind: self.behind(&secret).await?, acknowledged };
-        let self_signed = self.config.ca_mode == CaMode::SelfSigned;
+        self.stored.refresh().await.context("cannot read what other replicas issued")?;
         let now = OffsetDateTime::now_utc();
-        let Some(next) = rotation::step(&secret, &mesh, self_signed, &self.config.trust_domain, now)? else {
+        let mesh = Mesh { nodes: self.nodes(now), behind: self.behind(&secret, now)?, acknowledged };
+        let Some(next) = rotation::step(&secret, &mesh, &self.config.trust_domain, now)? else {
             return Ok(());
         };
         let parameters = PostParams::default();
@@ -115,27 +130,22 @@ impl Rotator {
         }
     }
 
-    /// Nodes with an agent.
-    fn nodes(&self) -> BTreeSet<String> {
+    /// Nodes with an agent, and those that had one: their workers serve on without it until their certificates run out.
+    fn nodes(&self, now: OffsetDateTime) -> BTreeSet<String> {
         let (namespace, account) = self.config.agent_account();
+        let mut nodes: BTreeSet<String> = self.cluster.shared.nodes(now).into_iter().collect();
         let index = self.cluster.index();
-        let agents = index.pods().filter(|pod| {
-            *pod.namespace == *namespace
-                && *pod.service_account == *account
-                && !pod.finished()
-                && !pod.node.is_empty()
-                && index.has_node(&pod.node)
-        });
-        agents.map(|pod| pod.node.to_string()).collect()
+        nodes.extend(index.agents(&namespace, &account).map(|pod| pod.node.to_string()));
+        nodes.retain(|node| index.has_node(node));
+        nodes
     }
 
     /// Nodes that have, or whose pods have, an unexpired certificate that another root than the signing one issued.
-    async fn behind(&self, secret: &Secret) -> Result<BTreeSet<String>> {
+    fn behind(&self, secret: &Secret, now: OffsetDateTime) -> Result<BTreeSet<String>> {
         let Some(signing) = rotation::signing_root(secret)? else { return Ok(BTreeSet::new()) };
-        self.stored.refresh().await.context("cannot read what other replicas issued")?;
-        let bearers = self.cluster.shared.under_other_roots(root_mark(&signing), OffsetDateTime::now_utc());
+        let bearers = self.cluster.shared.under_other_roots(root_mark(&signing), now);
         let index = self.cluster.index();
-        let node_of = |bearer: &Arc<str>| match bearer.strip_prefix("node/") {
+        let node_of = |bearer: &Arc<str>| match as_node(bearer) {
             Some(node) => index.has_node(node).then(|| node.to_owned()),
             None => index.pod(bearer).filter(|(_, w)| w.is_some()).map(|(pod, _)| pod.node.to_string()),
         };

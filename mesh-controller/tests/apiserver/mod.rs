@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 pub mod pki;
+pub mod story;
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};

@@ -27,7 +27,7 @@ fn params(common_name: &str, organization: Option<&str>) -> CertificateParams {
 }
 
 impl Pki {
-    /// A CA, the API server's certificate, the key of service accounts, and the users `admin` and `controller`.
+    /// A CA, the API server's certificate, the key of service accounts, and the users `admin`, `controller` and `cleanup`.
     pub fn make(dir: &Path) -> Self {
         let ca_key = key();
         let mut ca = params("test-ca", None);
@@ -46,7 +46,7 @@ impl Pki {
         ];
         server.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         pki.issue(dir, "apiserver", server);
-        for (user, groups) in [("admin", Some("system:masters")), ("controller", None)] {
+        for (user, groups) in [("admin", Some("system:masters")), ("controller", None), ("cleanup", None)] {
             let mut client = params(user, groups);
             client.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
             pki.issue(dir, user, client);
