@@ -7,10 +7,13 @@
 //! Durability is the caller's choice: [`Durability::EachEntry`] calls fdatasync(2) for each entry, so that a power failure
 //! forgets nothing; [`Durability::ByKernel`] leaves it to the kernel's write-back (some 30 s), which survives the death of
 //! the process but not of the machine.
+//!
+//! A log may be limited ([`FileLog::limited_to`]): a file that is full becomes `<name>.1`, in place of the one that had that
+//! name. [`read_all`] reads both.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -89,12 +92,15 @@ pub enum Durability {
 pub struct FileLog {
     path: PathBuf,
     sync: Durability,
+    limit: Option<u64>,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
     file: File,
+    /// Bytes in it.
+    length: u64,
     /// The last line may lack its end: a write failed half-way, or the process died in one.
     torn: bool,
 }
@@ -105,6 +111,38 @@ impl FileLog {
     /// # Errors
     /// [`LogError`] when it cannot be opened.
     pub fn open(path: &Path, sync: Durability) -> Result<Self, LogError> {
+        let state = State::open(path)?;
+        Ok(Self { path: path.to_owned(), sync, limit: None, state: Mutex::new(state) })
+    }
+
+    /// Begins a new file before this one has more than `bytes`; one file of before is kept.
+    #[must_use]
+    pub fn limited_to(mut self, bytes: u64) -> Self {
+        self.limit = Some(bytes);
+        self
+    }
+
+    /// Goes on in a new file.
+    fn turn_over(&self, state: &mut State) -> Result<(), LogError> {
+        let error = |what| move |source| LogError { path: self.path.clone(), what, source };
+        let own = state.file.metadata().map_err(error("look at it"))?;
+        let named = std::fs::metadata(&self.path).map_err(error("look at it"))?;
+        // Another opening of the same log may have done it.
+        if (own.dev(), own.ino()) == (named.dev(), named.ino()) {
+            std::fs::rename(&self.path, former(&self.path)).map_err(error("rename it"))?;
+        }
+        *state = State::open(&self.path)?;
+        if self.sync == Durability::EachEntry
+            && let Some(folder) = self.path.parent()
+        {
+            File::open(folder).and_then(|f| f.sync_all()).map_err(error("sync its directory"))?;
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    fn open(path: &Path) -> Result<Self, LogError> {
         let error = |what| move |source| LogError { path: path.to_owned(), what, source };
         let mut file = OpenOptions::new()
             .read(true)
@@ -114,8 +152,16 @@ impl FileLog {
             .open(path)
             .map_err(error("open it for appending"))?;
         let torn = ends_torn(&mut file).map_err(error("read its end"))?;
-        Ok(Self { path: path.to_owned(), sync, state: Mutex::new(State { file, torn }) })
+        let length = file.metadata().map_err(error("look at it"))?.len();
+        Ok(Self { file, length, torn })
     }
+}
+
+/// Where the entries of before are.
+fn former(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".1");
+    path.with_file_name(name)
 }
 
 fn ends_torn(file: &mut File) -> io::Result<bool> {
@@ -135,6 +181,10 @@ impl IssuanceLog for FileLog {
             serde_json::to_vec(entry).map_err(io::Error::from).map_err(error("encode an entry"))?;
         line.push(b'\n');
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let after = state.length + line.len() as u64;
+        if state.length > 0 && self.limit.is_some_and(|limit| after > limit) {
+            self.turn_over(&mut state)?;
+        }
         if state.torn {
             // The torn line stays as evidence; it must not swallow this one.
             line.insert(0, b'\n');
@@ -143,6 +193,7 @@ impl IssuanceLog for FileLog {
         state.torn = true;
         state.file.write_all(&line).map_err(error("append"))?;
         state.torn = false;
+        state.length += line.len() as u64;
         if self.sync == Durability::EachEntry {
             state.file.sync_data().map_err(error("sync to the disk"))?;
         }
@@ -179,12 +230,25 @@ impl<L: IssuanceLog + ?Sized> IssuanceLog for std::sync::Arc<L> {
 ///
 /// # Errors
 /// When the file cannot be opened.
-pub fn read(path: &Path) -> io::Result<impl Iterator<Item = Result<Entry, (usize, String)>>> {
+pub fn read(path: &Path) -> io::Result<impl Iterator<Item = Result<Entry, (usize, String)>> + use<>> {
     let lines = BufReader::new(File::open(path)?).split(b'\n');
     Ok(lines.enumerate().map(|(index, line)| {
         let line = line.map_err(|e| (index + 1, e.to_string()))?;
         serde_json::from_slice(&line).map_err(|e| (index + 1, e.to_string()))
     }))
+}
+
+/// Reads a log with what was before it, the oldest entry first; otherwise as [`read`].
+///
+/// # Errors
+/// When one of the files cannot be opened. That nothing was before is no error.
+pub fn read_all(path: &Path) -> io::Result<impl Iterator<Item = Result<Entry, (usize, String)>> + use<>> {
+    let before = match read(&former(path)) {
+        Ok(entries) => Some(entries),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error),
+    };
+    Ok(before.into_iter().flatten().chain(read(path)?))
 }
 
 #[cfg(test)]
@@ -226,6 +290,30 @@ mod tests {
         assert_eq!(lines.len(), 2);
         assert_eq!(lines[0].as_ref().unwrap_err().0, 1);
         assert_eq!(lines[1].as_ref(), Ok(&next));
+    }
+
+    #[test]
+    fn a_limited_log_keeps_the_file_before_and_loses_nothing_of_it_when_opened_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("issued.log");
+        let length = serde_json::to_vec(&entry("0")).unwrap().len() as u64 + 1;
+        let open = || FileLog::open(&path, Durability::EachEntry).unwrap().limited_to(2 * length);
+        let (log, other) = (open(), open());
+        let uids = || -> Vec<String> { read_all(&path).unwrap().map(|e| e.unwrap().pod_uid).collect() };
+        for uid in ["0", "1", "2"] {
+            log.append(&entry(uid)).unwrap();
+        }
+        assert_eq!(uids(), ["0", "1", "2"]);
+        assert_eq!(read(&path).unwrap().count(), 1);
+        // Still at what is the former file now.
+        for uid in ["3", "4", "5"] {
+            other.append(&entry(uid)).unwrap();
+        }
+        assert_eq!(uids(), ["0", "1", "3", "4", "2", "5"]);
+        for uid in ["6", "7"] {
+            log.append(&entry(uid)).unwrap();
+        }
+        assert_eq!(uids(), ["2", "5", "6", "7"]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use ca::Authority;
-use ca::log::{Durability, FileLog};
+use ca::log::{Durability, FileLog, LogError};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 use time::OffsetDateTime;
@@ -61,6 +61,15 @@ impl StateDir {
     pub fn log(&self) -> PathBuf {
         self.0.join("issued.log")
     }
+
+    /// The issuance log, to be written to.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open_log(&self, config: &Config) -> Result<FileLog, LogError> {
+        let limit = config.issuance_log_mib << 20;
+        Ok(FileLog::open(&self.log(), Durability::EachEntry)?.limited_to(limit))
+    }
 }
 
 /// Makes a CA if the operator gave none and there never was one.
@@ -103,7 +112,7 @@ pub fn open(config: &Config, state: &StateDir, now: OffsetDateTime) -> Result<Tr
             (certificate, key)
         }
     };
-    let log = FileLog::open(&state.log(), Durability::EachEntry)?;
+    let log = state.open_log(config)?;
     let authority = Authority::load_files(&config.trust_domain, &certificate, &key, now, log)
         .with_context(|| format!("CA {} with key {}", certificate.display(), key.display()))?;
     let mut roots: Vec<Arc<[u8]>> = vec![authority.root_der().into()];

@@ -73,6 +73,11 @@ pub struct Config {
     #[arg(long, value_name = "DIR")]
     pub state_dir: PathBuf,
 
+    /// Size at which the issuance log goes on in a new file, MiB, 1 to 65536; one file of before is kept beside it. Some 2,000
+    /// certificates make one MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65536))]
+    pub issuance_log_mib: u64,
+
     /// Trust domain of all identities: spiffe://<trust-domain>/ns/...
     #[arg(long, value_name = "NAME", default_value = "cluster.local")]
     pub trust_domain: String,

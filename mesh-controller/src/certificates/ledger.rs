@@ -33,7 +33,7 @@ impl Ledger {
     /// handed out.
     pub fn from_log(path: &Path, now: OffsetDateTime) -> std::io::Result<Self> {
         let ledger = Self::default();
-        for entry in log::read(path)? {
+        for entry in log::read_all(path)? {
             match entry {
                 Ok(entry) if entry.kind == Kind::Workload => {
                     match OffsetDateTime::parse(&entry.not_after, &Rfc3339) {

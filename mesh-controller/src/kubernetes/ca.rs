@@ -17,7 +17,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use ca::Authority;
-use ca::log::{Durability, FileLog};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::{ObjectMeta, PostParams};
@@ -63,7 +62,7 @@ pub fn anchor(
 ) -> Result<TrustAnchor> {
     let read = || -> Result<TrustAnchor> {
         let assembled = ca::load::assemble(text(secret, CERTIFICATE)?, text(secret, ROOTS)?)?;
-        let log = FileLog::open(&state.log(), Durability::EachEntry)?;
+        let log = state.open_log(config)?;
         let key = text(secret, KEY)?;
         let authority = Authority::load(&config.trust_domain, &assembled.chain_pem, key, now, log)?;
         let mut roots: Vec<Arc<[u8]>> = vec![authority.root_der().into()];
