@@ -7,6 +7,7 @@
 //! | `/healthz/ready` | 200 once everything was read, and from then on |
 //! | `/healthz/nodes` | 200 when there are node agents and the API server says that all are ready; with a list of them |
 //! | `/debug/ca` | where the CA comes from, which roots are trusted until when, how far a rotation is |
+//! | `/debug/problems` | objects that are not understood, or only in part |
 //! | `/debug/uncovered` | pods that opted in and are not covered |
 //! | `/debug/config` | all that nodes are told, and what they said to it |
 
@@ -99,11 +100,12 @@ fn answer(method: &Method, path: &str, admin: &Admin) -> Response<Full<Bytes>> {
         "/healthz/ready" => ready(cluster),
         "/healthz/nodes" => nodes(admin),
         "/debug/ca" => json_response(StatusCode::OK, &authority(cluster)),
+        "/debug/problems" => json_response(StatusCode::OK, &problems(cluster)),
         "/debug/uncovered" => json_response(StatusCode::OK, &uncovered(cluster)),
         "/debug/config" => json_response(StatusCode::OK, &debug(cluster)),
         _ => text(
             StatusCode::NOT_FOUND,
-            "there are /metrics, /healthz/live, ready and nodes, /debug/ca, config and uncovered\n"
+            "there are /metrics, /healthz/live, ready and nodes, /debug/ca, config, problems and uncovered\n"
                 .to_owned(),
         ),
     }
@@ -180,6 +182,11 @@ fn authority(cluster: &Cluster) -> serde_json::Value {
         "roots": roots,
         "rotation": ca.rotation,
     })
+}
+
+/// What people should know of their objects: what is wrong with each, in words, and what is done instead.
+fn problems(cluster: &Cluster) -> serde_json::Value {
+    json!({ "invalid": cluster.source().invalid, "problems": cluster.problems() })
 }
 
 /// Pods that opted in and are not covered.

@@ -26,6 +26,11 @@ use crate::source::manifests::ManifestError;
 use crate::xds::nodes::Nodes;
 use crate::xds::store::Store;
 
+/// Entries of the deny list that a second is taken for, see [`ToldTrust::pause`].
+const DENIED_PER_SECOND: usize = 1000;
+/// Longest time until nodes are told of a denial.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
 /// The authority that signs and the roots that are trusted, which change together.
 pub struct TrustAnchor {
     /// Signs.
@@ -95,9 +100,29 @@ pub struct Cluster {
     pub ca: RwLock<CaSource>,
     source: RwLock<SourceStatus>,
     loaded: AtomicBool,
-    /// Held while the trust resource is made, so that an older deny list never replaces a newer one. Holds the mark of the
-    /// roots in it, and the change since which these are told.
-    trust_order: Mutex<Option<(String, u64)>>,
+    /// Held while the trust resource is made, so that an older deny list never replaces a newer one.
+    told_trust: Mutex<Option<ToldTrust>>,
+    /// The deny list changed, and nodes have not been told yet.
+    denials_due: AtomicBool,
+}
+
+/// What nodes were told last of whom to trust.
+struct ToldTrust {
+    /// Of its roots.
+    mark: String,
+    /// Change since which they are told.
+    since: u64,
+    at: Instant,
+    /// Entries of its deny list.
+    denied: usize,
+}
+
+impl ToldTrust {
+    /// How long to wait until the deny list is told again. It is one resource, so that a rollout of a large cluster would
+    /// send all of it to all nodes for every pod: some 40 bytes an entry, held here to some 40 kB a second and node.
+    fn pause(&self) -> Duration {
+        Duration::from_secs((self.denied / DENIED_PER_SECOND) as u64).min(LONGEST_PAUSE)
+    }
 }
 
 impl Cluster {
@@ -123,7 +148,8 @@ impl Cluster {
             ca: RwLock::new(CaSource { mode: "files", secret: None, rotation: None }),
             source: RwLock::default(),
             loaded: AtomicBool::new(false),
-            trust_order: Mutex::new(None),
+            told_trust: Mutex::new(None),
+            denials_due: AtomicBool::new(false),
         }
     }
 
@@ -284,8 +310,10 @@ impl Cluster {
             denied |= self.shared.deny_all_but(live);
         }
         // Denied before it is removed: a node that forgets a pod also knows that its certificates are void.
-        if denied || first {
+        if first {
             self.publish_trust();
+        } else if denied {
+            self.tell_denials();
         }
         self.store.update(&delta.upserts, &delta.removals, heard.filter(|_| !first));
         self.loaded.store(true, Ordering::Release);
@@ -331,7 +359,7 @@ impl Cluster {
     /// Denies the certificates of a pod that went and tells the nodes.
     pub fn revoke(&self, pod_uid: &str) {
         if self.ledger.revoke(pod_uid) {
-            self.publish_trust();
+            self.tell_denials();
         }
     }
 
@@ -339,7 +367,7 @@ impl Cluster {
     pub fn prune(&self, now: OffsetDateTime) {
         let fewer_pods = self.shared.prune(now);
         if self.ledger.prune(now) || fewer_pods {
-            self.publish_trust();
+            self.tell_denials();
         }
     }
 
@@ -361,14 +389,31 @@ impl Cluster {
     /// Tells the nodes of a deny list that grew elsewhere.
     pub fn deny_list_changed(&self) {
         if self.has_trust() {
+            self.tell_denials();
+        }
+    }
+
+    /// Tells the nodes of the deny list, unless it is long and was told a moment ago; then [`Self::tell_due`] does.
+    fn tell_denials(&self) {
+        let early = self.told_trust.lock().as_ref().is_some_and(|told| told.at.elapsed() < told.pause());
+        if early {
+            self.denials_due.store(true, Ordering::Release);
+        } else {
             self.publish_trust();
+        }
+    }
+
+    /// Tells the nodes what they have not been told yet of the deny list, when it is time. To be called every second.
+    pub fn tell_due(&self) {
+        if self.denials_due.load(Ordering::Acquire) {
+            self.tell_denials();
         }
     }
 
     /// The mark of the roots that nodes are told to trust, and the nodes with an open stream that acknowledged them.
     #[must_use]
     pub fn acknowledged_roots(&self) -> Option<(String, BTreeSet<String>)> {
-        let (mark, since) = self.trust_order.lock().clone()?;
+        let (mark, since) = self.told_trust.lock().as_ref().map(|told| (told.mark.clone(), told.since))?;
         let nodes = self.nodes.snapshot().into_iter().filter(|(_, status)| {
             let trust = status.types.get(TRUST_TYPE);
             status.streams > 0 && trust.is_some_and(|t| t.acknowledged >= since && t.last_nack.is_none())
@@ -377,7 +422,8 @@ impl Cluster {
     }
 
     fn publish_trust(&self) {
-        let mut order = self.trust_order.lock();
+        let mut told = self.told_trust.lock();
+        self.denials_due.store(false, Ordering::Release);
         let denied_serials = self.ledger.denied();
         let mut denied_pods = self.shared.denied();
         {
@@ -387,6 +433,7 @@ impl Cluster {
         }
         self.metrics.denied_pods.set(i64::try_from(denied_pods.len()).unwrap_or(i64::MAX));
         self.metrics.denied_serials.set(i64::try_from(denied_serials.len()).unwrap_or(i64::MAX));
+        let denied = denied_serials.len() + denied_pods.len();
         let anchor = self.trust_anchor();
         let trust = Trust {
             trust_domain: anchor.authority.trust_domain().into(),
@@ -396,9 +443,11 @@ impl Cluster {
         };
         let mark = roots_mark(&anchor.roots);
         self.store.update(&[Resource::Trust(trust)], &[], None);
-        if order.as_ref().is_none_or(|(told, _)| *told != mark) {
-            *order = self.store.changed_at(TRUST_TYPE, TRUST_NAME).map(|since| (mark, since));
-        }
+        let since = match told.as_ref().filter(|told| told.mark == mark) {
+            Some(told) => Some(told.since),
+            None => self.store.changed_at(TRUST_TYPE, TRUST_NAME),
+        };
+        *told = since.map(|since| ToldTrust { mark, since, at: Instant::now(), denied });
     }
 
     fn has_trust(&self) -> bool {

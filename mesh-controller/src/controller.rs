@@ -37,6 +37,8 @@ const MAX_REQUEST: usize = 64 << 20;
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// How often expired serials are forgotten.
 const PRUNE: Duration = Duration::from_secs(60);
+/// How often is looked whether nodes are to be told of a deny list that had to wait.
+const DUE: Duration = Duration::from_secs(1);
 /// Longest wait for open calls when stopping.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
@@ -244,7 +246,7 @@ async fn read_once(dir: &Path, cluster: &Arc<Cluster>) -> Result<()> {
     read.await.context("reading the manifests panicked")
 }
 
-/// Renews the endpoint's certificate at half of its life and forgets what has expired.
+/// Renews the endpoint's certificate at half of its life, forgets what has expired, and tells what is due.
 async fn maintain(
     config: Config,
     cluster: Arc<Cluster>,
@@ -254,6 +256,7 @@ async fn maintain(
     let mut renew = tokio::time::interval(config.server_cert_ttl / 2);
     renew.reset();
     let mut prune = tokio::time::interval(PRUNE);
+    let mut due = tokio::time::interval(DUE);
     loop {
         tokio::select! {
             _ = renew.tick() => {
@@ -268,6 +271,7 @@ async fn maintain(
                 }
             }
             _ = prune.tick() => cluster.prune(OffsetDateTime::now_utc()),
+            _ = due.tick() => cluster.tell_due(),
             () = stopping.cancelled() => return Ok(()),
         }
     }

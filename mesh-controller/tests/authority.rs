@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use apiserver::story::{WEB, agent, cluster, cluster_with_foreign_ca, follow, roots, told, uid, until};
 use apiserver::{Replica, SYSTEM, command, eventually};
 use k8s_openapi::ByteString;
+use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::Api;
@@ -292,4 +293,55 @@ async fn check_is_content_when_the_endpoint_proves_itself_and_all_agents_are_rea
     let other = ca_secret("other", 1).data.unwrap().remove("ca.crt").unwrap();
     let (done, said) = run(&mut check(String::from_utf8(other.0).unwrap(), "1s"));
     assert!(!done && said.contains("not within 1s") && said.contains("controller 127.0.0.1"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cleanup_begins_with_the_nodes_and_keeps_everything_when_one_does_not_come() {
+    let Some(api) = cluster().await else { return };
+    let replica = Replica::start(&api, "one");
+    replica.ready().await;
+    replica.stop();
+    let file = api.dir.path().join("daemonset.yaml");
+    let pod = "{metadata: {labels: {a: b}}, spec: {containers: [{name: c, image: none}]}}";
+    let text = format!(
+        "apiVersion: apps/v1\nkind: DaemonSet\nmetadata: {{name: sockmesh-cleanup, namespace: {SYSTEM}}}\n\
+         spec: {{selector: {{matchLabels: {{a: b}}}}, template: {pod}}}\n"
+    );
+    std::fs::write(&file, text).unwrap();
+    let cleanup = |timeout: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sockmesh-controller"));
+        command.args(["cleanup", "--timeout", timeout, "--daemonset"]).arg(&file);
+        command.env("KUBECONFIG", api.kubeconfig("cleanup")).env_remove("POD_NAMESPACE");
+        command
+    };
+    let daemonsets: Api<DaemonSet> = Api::namespaced(api.client.clone(), SYSTEM);
+    let secrets: Api<Secret> = Api::namespaced(api.client.clone(), SYSTEM);
+    let (done, said) = run(&mut cleanup("1s"));
+    assert!(!done && said.contains("no pods were made yet"), "{said}");
+    let reach = |available: i32| {
+        let status = json!({"status": {
+            "observedGeneration": 1, "desiredNumberScheduled": 2, "currentNumberScheduled": 2, "numberMisscheduled": 0,
+            "numberReady": available, "updatedNumberScheduled": 2, "numberAvailable": available,
+        }});
+        let daemonsets = &daemonsets;
+        async move {
+            let patch = Patch::Merge(status);
+            daemonsets.patch_status("sockmesh-cleanup", &PatchParams::default(), &patch).await.unwrap();
+        }
+    };
+    reach(1).await;
+    let (done, said) = run(&mut cleanup("1s"));
+    assert!(!done && said.contains("1 of 2 nodes are"), "{said}");
+    assert!(secrets.get_opt("sockmesh-ca").await.unwrap().is_some());
+    reach(2).await;
+    let (done, said) = run(&mut cleanup("60s"));
+    assert!(done && said.contains("all nodes are clean"), "{said}");
+    assert!(
+        daemonsets
+            .get_opt("sockmesh-cleanup")
+            .await
+            .unwrap()
+            .is_none_or(|d| d.metadata.deletion_timestamp.is_some())
+    );
+    assert!(secrets.get_opt("sockmesh-ca").await.unwrap().is_none());
 }

@@ -374,3 +374,25 @@ async fn an_object_that_makes_no_sense_leaves_the_others_and_its_own_last_good_f
     follower.until("the mended object", |_| address("uid-b") == "10.0.0.9").await;
     assert!(follower.cluster.source().invalid.is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_deny_list_is_told_less_often_and_nothing_of_it_is_forgotten() {
+    let played = Played::new();
+    let follower = Follower::ready(&played).await;
+    let (cluster, until) = (&follower.cluster, OffsetDateTime::now_utc() + Duration::from_secs(3600));
+    let denied = |f: &Follower| f.metric("sockmesh_controller_denied_pods");
+    for i in 0..3000 {
+        cluster.shared.deny(&format!("gone-{i}"), until);
+    }
+    cluster.deny_list_changed();
+    assert_eq!(denied(&follower), 3000.0, "a short list is told of at once, however long it has become");
+    cluster.shared.deny("one-more", until);
+    cluster.deny_list_changed();
+    cluster.tell_due();
+    assert_eq!(denied(&follower), 3000.0, "it was told a moment ago");
+    let told = |f: &Follower| {
+        f.cluster.tell_due();
+        denied(f) == 3001.0
+    };
+    follower.until("the rest", told).await;
+}

@@ -300,10 +300,11 @@ async fn odd_objects_have_the_outcome_that_the_readme_gives() {
     assert_eq!(told(&debug, &unlabelled)["enrolled"], false);
     assert_eq!(service(&debug, "odd/thief")["endpoints"][0]["workload"], Value::Null);
     assert_eq!(service(&debug, "odd/empty")["endpoints"], json!([]));
+    let listed: Value = serde_json::from_str(&replica.get("/debug/problems").await).unwrap();
     let problem =
-        |object: &str| debug["problems"][object][0]["message"].as_str().unwrap_or_default().to_owned();
-    assert!(problem("Namespace odd").contains("\"on\""), "{}", debug["problems"]);
-    assert!(problem("Service odd/thief").contains("pod shop/theirs"), "{}", debug["problems"]);
+        |object: &str| listed["problems"][object][0]["message"].as_str().unwrap_or_default().to_owned();
+    assert!(problem("Namespace odd").contains("\"on\""), "{}", listed["problems"]);
+    assert!(problem("Service odd/thief").contains("pod shop/theirs"), "{}", listed["problems"]);
     assert_eq!(replica.metric("sockmesh_controller_problem_objects").await, Some(2.0));
 
     // Churn: the address goes to the next pod while the last one is still being deleted, and stays there.
