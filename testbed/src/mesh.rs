@@ -332,14 +332,16 @@ impl Mesh {
         } else {
             format!("{}-{place}", self.name)
         };
+        let uid = random_uid();
         let pod = Pod {
             inner: Arc::new(PodInner {
-                uid: random_uid(),
                 node: node.name(),
                 v4: topology::pod_v4(spec.node, n),
                 v6: topology::pod_v6(spec.node, n),
                 dir: self.dir.join("pods").join(&place),
-                cgroup: node.cgroup.join(&place),
+                // Named as the kubelet names it, by which an agent finds the pod's processes.
+                cgroup: node.cgroup.join(format!("pod{uid}")),
+                uid,
                 logs: self.dir.join("logs"),
                 netns,
                 spec,
