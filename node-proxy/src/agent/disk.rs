@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! config            last good resources: magic, checksum, protobuf
+//! cni.json          who is in the mesh, for the CNI plugin
 //! pods.json         enrolled pods: UID, path and cookie of the network namespace
 //! certificates/UID  a pod's certificate (public) and the name of its key in keyd
 //! node-key.pem      the node's own key, 0600
@@ -10,15 +11,20 @@
 //! Files are replaced whole (write, sync, rename). A file that cannot be understood is reported and treated as absent:
 //! everything in it can be had again from the controller or by enrolling.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use mesh_api::codec::{RESOURCE_TYPES, content_version};
 use mesh_api::model::Resource;
+use parking_lot::Mutex;
 use prost::Message;
 use serde::{Deserialize, Serialize};
+use sockmesh_cni::Knowledge;
 
 use super::mesh::{Changes, Stored};
 
@@ -67,10 +73,20 @@ pub(super) struct CertificateRecord {
     pub(super) not_after: i64,
 }
 
-/// The state directory.
+/// How writing goes.
+#[derive(Debug, Default)]
+struct Health {
+    failures: AtomicU64,
+    /// What could not be written and still is not, by file.
+    unwritten: Mutex<BTreeMap<PathBuf, String>>,
+}
+
+/// The state directory. A disk that takes nothing more stops nothing: what is not written is still in memory, and is
+/// written once that works again.
 #[derive(Debug, Clone)]
 pub(super) struct Disk {
     dir: PathBuf,
+    health: Arc<Health>,
 }
 
 fn about(path: &Path, what: &str, e: &io::Error) -> io::Error {
@@ -101,7 +117,7 @@ impl Disk {
     pub(super) fn open(dir: &Path) -> io::Result<Self> {
         make_private_dir(dir)?;
         make_private_dir(&dir.join("certificates"))?;
-        Ok(Self { dir: dir.to_owned() })
+        Ok(Self { dir: dir.to_owned(), health: Arc::default() })
     }
 
     fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -115,7 +131,28 @@ impl Disk {
             // The rename itself is only on disk when the directory is.
             File::open(path.parent().unwrap_or(&self.dir))?.sync_all()
         };
-        write().map_err(|e| about(path, "write", &e))
+        let written = write().map_err(|e| about(path, "write", &e));
+        let mut unwritten = self.health.unwritten.lock();
+        match &written {
+            Ok(()) => drop(unwritten.remove(path)),
+            Err(error) => {
+                // Half a file only takes room.
+                let _ = fs::remove_file(&temporary);
+                self.health.failures.fetch_add(1, Ordering::Relaxed);
+                unwritten.insert(path.to_owned(), error.to_string());
+            }
+        }
+        written
+    }
+
+    /// Writes that failed so far.
+    pub(super) fn failures(&self) -> u64 {
+        self.health.failures.load(Ordering::Relaxed)
+    }
+
+    /// What could not be written and still is not.
+    pub(super) fn unwritten(&self) -> Vec<String> {
+        self.health.unwritten.lock().values().cloned().collect()
     }
 
     /// `None` when there is no such file.
@@ -127,7 +164,8 @@ impl Disk {
         }
     }
 
-    fn remove(path: &Path) -> io::Result<()> {
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.health.unwritten.lock().remove(path);
         match fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(about(path, "remove", &e)),
             _ => Ok(()),
@@ -206,6 +244,24 @@ impl Disk {
         }
     }
 
+    /// Keeps what the CNI plugin is to know while no agent runs.
+    ///
+    /// # Errors
+    /// With the path.
+    pub(super) fn save_knowledge(&self, knowledge: &Knowledge) -> io::Result<()> {
+        let text = serde_json::to_vec(knowledge).map_err(io::Error::other)?;
+        self.replace(&self.dir.join("cni.json"), &text)
+    }
+
+    /// What the CNI plugin knows; none before the first time.
+    ///
+    /// # Errors
+    /// When the file is unreadable or damaged.
+    pub(super) fn load_knowledge(&self) -> io::Result<Option<Knowledge>> {
+        let path = self.dir.join("cni.json");
+        if path.exists() { Knowledge::read(&path).map(Some) } else { Ok(None) }
+    }
+
     fn certificate_path(&self, uid: &str) -> io::Result<PathBuf> {
         if is_file_name(uid) {
             Ok(self.dir.join("certificates").join(uid))
@@ -245,7 +301,7 @@ impl Disk {
     /// # Errors
     /// With the path.
     pub(super) fn remove_certificate(&self, uid: &str) -> io::Result<()> {
-        Self::remove(&self.certificate_path(uid)?)
+        self.remove(&self.certificate_path(uid)?)
     }
 
     /// Keeps the node's key and certificate (PEM).
@@ -254,7 +310,7 @@ impl Disk {
     /// With the path.
     pub(super) fn save_node_identity(&self, key: &str, chain: &str) -> io::Result<()> {
         // The chain last: a key without its chain is made anew, a chain without its key would be used.
-        Self::remove(&self.dir.join("node-chain.pem"))?;
+        self.remove(&self.dir.join("node-chain.pem"))?;
         self.replace(&self.dir.join("node-key.pem"), key.as_bytes())?;
         self.replace(&self.dir.join("node-chain.pem"), chain.as_bytes())
     }
@@ -337,6 +393,23 @@ mod tests {
             fs::write(&path, &bad).unwrap();
             assert!(disk.load_config().is_err(), "bit flipped in byte {at}");
         }
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_counted_and_named_until_it_is() {
+        let (dir, disk) = disk();
+        // Nothing replaces a directory.
+        let target = dir.path().join("state/pods.json");
+        fs::create_dir(&target).unwrap();
+        for failures in 1..=2 {
+            let error = disk.save_pods(&[]).unwrap_err().to_string();
+            assert!(error.contains("cannot write") && error.contains("pods.json"), "{error}");
+            assert_eq!((disk.failures(), disk.unwritten()), (failures, vec![error]));
+        }
+        assert!(!dir.path().join("state/pods.new").exists(), "half a file takes room");
+        fs::remove_dir(&target).unwrap();
+        disk.save_pods(&[]).unwrap();
+        assert_eq!((disk.failures(), disk.unwritten()), (2, Vec::new()));
     }
 
     #[test]
