@@ -56,6 +56,13 @@ impl Changes {
     }
 }
 
+/// How many pods of a namespace there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Count {
+    pods: usize,
+    enrolled: usize,
+}
+
 /// The state.
 #[derive(Debug, Default)]
 pub(super) struct Mesh {
@@ -64,6 +71,10 @@ pub(super) struct Mesh {
     revision: u64,
     resources: BTreeMap<(&'static str, String), Stored>,
     local: BTreeMap<Arc<str>, Arc<Workload>>,
+    /// Namespace of each pod that has a network of its own, and whether it is enrolled.
+    memberships: BTreeMap<Arc<str>, (Arc<str>, bool)>,
+    /// The same counted by namespace.
+    namespaces: BTreeMap<Arc<str>, Count>,
     trust: Option<Arc<Trust>>,
     refused: BTreeMap<String, Vec<(IpAddr, u16)>>,
     /// Type URLs whose whole state is known.
@@ -122,6 +133,35 @@ impl Mesh {
         self.local.get(uid)
     }
 
+    /// All workloads of this node.
+    pub(super) fn locals(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.local.values()
+    }
+
+    /// Namespaces that have pods with a network of their own, on any node, each with whether one of these is enrolled.
+    pub(super) fn namespaces(&self) -> impl Iterator<Item = (&str, bool)> {
+        self.namespaces.iter().map(|(namespace, count)| (&**namespace, count.enrolled > 0))
+    }
+
+    /// Notes which namespace a pod is of, and whether it is enrolled; `None` when it is gone.
+    fn count(&mut self, uid: &Arc<str>, now: Option<(Arc<str>, bool)>) {
+        if let Some((namespace, enrolled)) = self.memberships.remove(uid)
+            && let Some(count) = self.namespaces.get_mut(&namespace)
+        {
+            count.pods -= 1;
+            count.enrolled -= usize::from(enrolled);
+            if count.pods == 0 {
+                self.namespaces.remove(&namespace);
+            }
+        }
+        if let Some((namespace, enrolled)) = now {
+            let count = self.namespaces.entry(Arc::clone(&namespace)).or_default();
+            count.pods += 1;
+            count.enrolled += usize::from(enrolled);
+            self.memberships.insert(Arc::clone(uid), (namespace, enrolled));
+        }
+    }
+
     /// Whom the mesh trusts.
     pub(super) fn trust(&self) -> Option<&Arc<Trust>> {
         self.trust.as_ref()
@@ -143,7 +183,10 @@ impl Mesh {
         for (type_url, name) in changes.removals {
             if self.resources.remove(&(type_url, name.clone())).is_some() {
                 match type_url {
-                    mesh_api::model::WORKLOAD_TYPE => drop(self.local.remove(name.as_str())),
+                    mesh_api::model::WORKLOAD_TYPE => {
+                        self.local.remove(name.as_str());
+                        self.count(&name.as_str().into(), None);
+                    }
                     mesh_api::model::SERVICE_TYPE => drop(self.refused.remove(&name)),
                     _ => self.trust = None,
                 }
@@ -152,6 +195,9 @@ impl Mesh {
     }
 
     fn index(&mut self, name: &str, resource: &Resource) {
+        if let Resource::Workload(w) = resource {
+            self.count(&w.uid, (!w.host_network).then(|| (Arc::clone(&w.namespace), w.enrolled)));
+        }
         match resource {
             Resource::Workload(w) if *w.node == *self.node => {
                 self.local.insert(Arc::clone(&w.uid), Arc::new(w.clone()));
@@ -291,6 +337,29 @@ pub(super) mod tests {
         only_v4.endpoints.retain(|e| e.address.is_ipv4());
         upsert(&mut mesh, Resource::Service(only_v4));
         assert_eq!(mesh.refused(), [(v6, 80), (v6, 443)], "nobody serves the other family");
+    }
+
+    #[test]
+    fn a_namespace_is_in_the_mesh_as_long_as_one_of_its_pods_is() {
+        let mut mesh = Mesh::new("n1".to_owned());
+        let put = |mesh: &mut Mesh, uid: &str, namespace: &str, enrolled: bool| {
+            let Resource::Workload(mut w) = workload(uid, "n2") else { unreachable!() };
+            (w.namespace, w.enrolled) = (namespace.into(), enrolled);
+            upsert(mesh, Resource::Workload(w));
+        };
+        let namespaces = |mesh: &Mesh| -> Vec<(String, bool)> {
+            mesh.namespaces().map(|(namespace, is_in)| (namespace.to_owned(), is_in)).collect()
+        };
+        put(&mut mesh, "a", "shop", true);
+        put(&mut mesh, "b", "shop", false);
+        put(&mut mesh, "c", "legacy", false);
+        assert_eq!(namespaces(&mesh), [("legacy".to_owned(), false), ("shop".to_owned(), true)]);
+        put(&mut mesh, "a", "shop", false);
+        put(&mut mesh, "c", "legacy", true);
+        assert_eq!(namespaces(&mesh), [("legacy".to_owned(), true), ("shop".to_owned(), false)]);
+        let removals = vec![(mesh_api::model::WORKLOAD_TYPE, "c".to_owned())];
+        mesh.apply(Changes { upserts: Vec::new(), removals });
+        assert_eq!(namespaces(&mesh), [("shop".to_owned(), false)]);
     }
 
     #[test]
