@@ -27,6 +27,17 @@ pub(super) struct HeldCertificate {
     renew_at: i64,
 }
 
+/// Why there is no certificate, or no newer one.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CertificateError {
+    /// The controller does not sign for this pod, which says nothing about others.
+    #[error("the controller does not sign for the pod: {0}")]
+    Refused(String),
+    /// keyd, the controller or the way to it.
+    #[error("{0:#}")]
+    Failed(#[from] anyhow::Error),
+}
+
 /// Seconds since the epoch.
 pub(super) fn now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -70,9 +81,8 @@ pub(super) async fn keep(agent: Arc<Agent>, uid: String) {
                     continue;
                 }
                 Err(error) => {
-                    let error = format!("{error:#}");
                     agent.counters.certificate_failures.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                    tracing::warn!(uid, error, "no certificate; trying again");
+                    tracing::warn!(uid, %error, "no certificate; trying again");
                     if let Some(pod) = agent.state.lock().pods.get_mut(uid.as_str()) {
                         pod.certificate_error = Some(error);
                     }
@@ -94,12 +104,12 @@ async fn renew(
     uid: &str,
     keyd: &Arc<KeydClient>,
     old: Option<HeldCertificate>,
-) -> anyhow::Result<()> {
+) -> Result<(), CertificateError> {
     let identity = {
         let state = agent.state.lock();
         let workload = state.mesh.local(uid).context("the controller does not know the pod")?;
         let trust = state.mesh.trust().context("the controller has not said whom to trust")?;
-        workload.identity(&trust.trust_domain)?.to_string()
+        workload.identity(&trust.trust_domain).map_err(anyhow::Error::from)?.to_string()
     };
     let key = keyd.new_key(uid, &identity).await?;
     let issued = match agent.controller.issue(uid, key.csr_der).await {
@@ -140,6 +150,21 @@ async fn renew(
         drop_key_later(agent, old.record.key_id, agent.config.worker.timeouts.handshake * 2);
     }
     Ok(())
+}
+
+/// Writes all certificates down, as far as the disk takes them: those that are missing there are asked for again.
+pub(super) fn save(agent: &Agent) {
+    let held: Vec<(Arc<str>, CertificateRecord)> = {
+        let state = agent.state.lock();
+        let held = state.pods.iter().filter_map(|(uid, pod)| Some((uid, &pod.certificate.as_ref()?.record)));
+        held.map(|(uid, record)| (Arc::clone(uid), record.clone())).collect()
+    };
+    for (uid, record) in held {
+        if let Err(error) = agent.disk.save_certificate(&uid, &record) {
+            tracing::warn!(%uid, %error, "the next agent will have to ask for a certificate again");
+            return;
+        }
+    }
 }
 
 /// Drops a key after a while.

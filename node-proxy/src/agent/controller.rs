@@ -2,7 +2,9 @@
 //!
 //! States: no identity → registered (token traded for a client certificate, kept on disk) → streaming. The node's
 //! certificate is renewed at a third of its life, and asked for anew when the controller has been refusing or away for a
-//! while: it may have another CA now. Whatever fails here leaves the last good state in force.
+//! while: it may have another CA now. The files of the token and of the controller's roots are replaced by others at will:
+//! the token is read at each use, the roots are taken over when they change. Whatever fails here leaves the last good state
+//! in force.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +23,7 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 
 use super::Agent;
-use super::certificates::now;
+use super::certificates::{CertificateError, now};
 use super::mesh::Changes;
 use super::worker::ConfigureError;
 use crate::config::ControllerSettings;
@@ -123,7 +125,7 @@ impl Controller {
         identity: Option<ClientIdentity>,
         more_roots: &str,
     ) -> anyhow::Result<ControllerEndpoint> {
-        let mut roots_pem = read_text(&self.settings.ca_file, "the controller's CA (controller.ca_file)")?;
+        let mut roots_pem = self.roots()?;
         roots_pem.push('\n');
         roots_pem.push_str(more_roots);
         Ok(ControllerEndpoint {
@@ -134,7 +136,24 @@ impl Controller {
         })
     }
 
-    /// Trades the token for a client certificate.
+    /// Whether the file of the controller's roots has another text than `seen`, which it is then; `None` when not, an error
+    /// once when it cannot be read.
+    fn changed_roots(&self, seen: &mut Option<Result<String, String>>) -> Option<anyhow::Result<()>> {
+        let now = self.roots().map_err(|error| format!("{error:#}"));
+        if seen.as_ref() == Some(&now) {
+            return None;
+        }
+        let result = now.as_ref().map(|_| ()).map_err(|error| anyhow::anyhow!(error.clone()));
+        *seen = Some(now);
+        Some(result)
+    }
+
+    fn roots(&self) -> anyhow::Result<String> {
+        read_text(&self.settings.ca_file, "the controller's CA (controller.ca_file)")
+    }
+
+    /// Trades the token for a client certificate. The file of the token is read each time: who wrote it replaces it before
+    /// it expires.
     async fn register(&self, node: &str) -> anyhow::Result<NodeIdentity> {
         let token = read_text(&self.settings.token_file, "the node's token (controller.token_file)")?;
         let key = rcgen::KeyPair::generate().context("cannot make a key for the node")?;
@@ -186,30 +205,38 @@ impl Controller {
     ///
     /// # Errors
     /// The controller's own, or that it is away.
-    pub(super) async fn issue(&self, uid: &str, csr_der: Vec<u8>) -> anyhow::Result<IssueResponse> {
+    pub(super) async fn issue(&self, uid: &str, csr_der: Vec<u8>) -> Result<IssueResponse, CertificateError> {
         let request = IssueRequest { pod_uid: uid.to_owned(), csr_der: csr_der.into() };
         let mut client = CertificateServiceClient::new(self.channel().await?);
         let answer = tokio::time::timeout(CALL_TIMEOUT, client.issue_workload(request)).await;
         match answer {
             Ok(Ok(answer)) => {
                 let answer = answer.into_inner();
-                anyhow::ensure!(
-                    !answer.chain_der.is_empty(),
-                    "the controller answered without a certificate"
-                );
+                if answer.chain_der.is_empty() {
+                    return Err(anyhow::anyhow!("the controller answered without a certificate").into());
+                }
                 Ok(answer)
             }
+            Ok(Err(status)) if is_refusal(status.code()) => {
+                Err(CertificateError::Refused(one_line(&status).to_string()))
+            }
             Ok(Err(status)) => {
-                // A refusal would come over a new connection as well; anything else may be the connection's fault.
+                // It may be the connection's fault.
                 *self.channel.lock().await = None;
-                Err(one_line(&status).context("the controller does not sign for the pod"))
+                Err(one_line(&status).context("the controller does not sign certificates").into())
             }
             Err(_) => {
                 *self.channel.lock().await = None;
-                anyhow::bail!("the controller did not answer within {CALL_TIMEOUT:?}")
+                Err(anyhow::anyhow!("the controller did not answer within {CALL_TIMEOUT:?}").into())
             }
         }
     }
+}
+
+/// What the controller says of the pod or its CSR, and would say again over another connection; see certificates.proto.
+fn is_refusal(code: tonic::Code) -> bool {
+    use tonic::Code::{FailedPrecondition, InvalidArgument, NotFound, PermissionDenied};
+    matches!(code, FailedPrecondition | InvalidArgument | NotFound | PermissionDenied)
 }
 
 /// Reads the certificate kept from the last life, if it is still good.
@@ -228,41 +255,46 @@ fn stored_identity(agent: &Agent) -> anyhow::Result<Option<NodeIdentity>> {
 /// Keeps the node's identity; ends only when aborted.
 pub(super) async fn keep_identity(agent: Arc<Agent>) {
     let controller = &agent.controller;
-    let mut renew_at = match stored_identity(&agent) {
-        Ok(Some(identity)) => match controller.adopt_identity(&identity) {
-            Ok(()) => identity.renew_at,
-            Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), "cannot use the node's certificate yet");
-                0
-            }
-        },
-        Ok(None) => 0,
+    let mut identity = match stored_identity(&agent) {
+        Ok(identity) => identity,
         Err(error) => {
             tracing::warn!(error = format!("{error:#}"), "the node registers anew");
-            0
+            None
         }
     };
+    // What the endpoint was made of; the file is replaced when a root is.
+    let mut roots = None;
     let mut failures: u32 = 0;
     let mut unconnected = Duration::ZERO;
     loop {
+        if let Some(identity) = &identity
+            && let Some(changed) = controller.changed_roots(&mut roots)
+        {
+            match changed.and_then(|()| controller.adopt_identity(identity)) {
+                Ok(()) => *controller.channel.lock().await = None,
+                Err(error) => tracing::warn!(
+                    error = format!("{error:#}"),
+                    "the controller's CA cannot be read; what was read before stays in force"
+                ),
+            }
+        }
         if controller.status.lock().connected {
             unconnected = Duration::ZERO;
         }
+        let renew_at = identity.as_ref().map_or(0, |identity| identity.renew_at);
         if now() < renew_at && unconnected < SUSPECT_IDENTITY {
             tokio::time::sleep(Duration::from_secs(1)).await;
             unconnected += Duration::from_secs(1);
             continue;
         }
         let registered = controller.register(&agent.config.node.name).await;
-        let result = registered.and_then(|identity| {
-            agent.disk.save_node_identity(&identity.key, &identity.chain)?;
-            controller.adopt_identity(&identity)?;
-            Ok(identity.renew_at)
-        });
-        match result {
-            Ok(next) => {
-                tracing::info!(renew_at = next, "the node has a certificate");
-                (renew_at, failures, unconnected) = (next, 0, Duration::ZERO);
+        match registered.and_then(|identity| controller.adopt_identity(&identity).map(|()| identity)) {
+            Ok(new) => {
+                tracing::info!(renew_at = new.renew_at, "the node has a certificate");
+                if let Err(error) = agent.disk.save_node_identity(&new.key, &new.chain) {
+                    tracing::warn!(%error, "the next agent will have to register again");
+                }
+                (identity, failures, unconnected) = (Some(new), 0, Duration::ZERO);
                 *controller.channel.lock().await = None;
             }
             Err(error) => {
@@ -430,4 +462,47 @@ async fn put_in_force(
         }
     }
     Err(ConfigureError::Gone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roots_are_taken_over_when_the_file_changes_and_a_bad_file_is_told_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("root.pem");
+        let settings = ControllerSettings { ca_file: file.clone(), ..ControllerSettings::default() };
+        let controller = Controller::new(settings);
+        let mut seen = None;
+        let mut look = |controller: &Controller| controller.changed_roots(&mut seen);
+        let error = look(&controller).unwrap().unwrap_err().to_string();
+        assert!(error.contains("controller.ca_file") && error.contains("root.pem"), "{error}");
+        assert!(look(&controller).is_none(), "it was told");
+        for text in ["first", "second"] {
+            std::fs::write(&file, text).unwrap();
+            look(&controller).unwrap().unwrap();
+            assert!(look(&controller).is_none(), "nothing changed");
+            assert!(controller.endpoint_with(None, "").unwrap().roots_pem.starts_with(text));
+        }
+        // As the kubelet does it: another file in its place.
+        let other = dir.path().join("other");
+        std::fs::write(&other, "third").unwrap();
+        std::fs::rename(&other, &file).unwrap();
+        look(&controller).unwrap().unwrap();
+    }
+
+    #[test]
+    fn only_what_the_controller_says_of_the_pod_is_a_refusal() {
+        use tonic::Code;
+        for code in [Code::PermissionDenied, Code::NotFound, Code::FailedPrecondition, Code::InvalidArgument]
+        {
+            assert!(is_refusal(code), "{code}");
+        }
+        for code in
+            [Code::Unavailable, Code::Unauthenticated, Code::Internal, Code::Unknown, Code::DeadlineExceeded]
+        {
+            assert!(!is_refusal(code), "{code}");
+        }
+    }
 }
