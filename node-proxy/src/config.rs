@@ -57,6 +57,38 @@ settings! {
         acceleration: AccelerationMode = AccelerationMode::Auto, "auto | off | forced";
         /// Address of /metrics, /healthz/ready and /debug/config; bind it where only operators reach it.
         admin: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 15020)), "address";
+        /// Whether the agent enrols pods by itself as soon as the controller lists them as enrolled; it finds a pod by the cgroup of its processes. Without it every pod needs an `enrol` command.
+        discover_pods: bool = false, "true | false";
+        /// Where the host's process file system is; in a container it needs the host's PID namespace.
+        proc: PathBuf = PathBuf::from("/proc"), "path";
+        /// Where the container runtime mounts network namespaces; a name in there outlives the process by which a pod was found.
+        netns_dir: PathBuf = PathBuf::from("/run/netns"), "path";
+        /// How often the kernel's state is compared with what shall be.
+        reconcile: Duration = secs(30), "duration", millis(100) => secs(3600);
+        /// The CNI plugin, which has new pods enrolled before their first instruction.
+        cni: CniSettings;
+    }
+}
+
+settings! {
+    /// The CNI plugin.
+    pub struct CniSettings {
+        /// Whether the plugin is kept in the node's chain of plugins. If not, it is taken out where it names this agent's socket.
+        enabled: bool = false, "true | false";
+        /// The host's directory of CNI plugins. Absent means that the node has no CNI.
+        bin_dir: PathBuf = PathBuf::from("/opt/cni/bin"), "path";
+        /// The host's directory of CNI configurations. Absent means that the node has no CNI.
+        conf_dir: PathBuf = PathBuf::from("/etc/cni/net.d"), "path";
+        /// The plugin's program, which is copied; none means sockmesh-cni beside the agent's own program.
+        program: Option<PathBuf> = None, "path";
+        /// The agent's socket as the host sees it; none means agent.sock in node.run_dir. An entry in a chain belongs to the agent whose socket it names.
+        socket: Option<PathBuf> = None, "path";
+        /// The file with who is in the mesh as the host sees it; none means cni.json in node.state_dir.
+        knowledge: Option<PathBuf> = None, "path";
+        /// Namespaces whose pods never wait for the mesh: those that it needs itself to come up. Of these, pods that opted in are enrolled once they run.
+        exempt_namespaces: Vec<String> = vec!["kube-system".to_owned(), "sockmesh-system".to_owned()], "names";
+        /// How long a new pod of a namespace that is not known to be in the mesh waits for the controller to list it, since it may have opted in by itself or its namespace just now.
+        wait_for_pod: Duration = secs(5), "duration", Duration::ZERO => secs(60);
     }
 }
 

@@ -389,7 +389,7 @@ fn operators_find_metrics_readiness_and_configuration() {
     mesh.enrol(&web).unwrap();
     let metrics = node.admin("/metrics").unwrap().ok().unwrap();
     for line in
-        ["sockmesh_keyd_keys 1", "sockmesh_enrolled_pods 1", "sockmesh_uncaptured_pods 0", "sockmesh_ready 1"]
+        ["sockmesh_keyd_keys 1", "sockmesh_enrolled_pods 1", "sockmesh_pods_uncaptured 0", "sockmesh_ready 1"]
     {
         assert!(metrics.lines().any(|l| l == line), "{line} is missing in\n{metrics}");
     }

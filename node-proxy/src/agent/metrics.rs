@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
+use super::cni::Chained;
 use super::{Agent, status};
 
 struct Family<'a> {
@@ -93,13 +94,32 @@ pub(super) async fn own(agent: &Agent) -> String {
         let state = escape(state);
         let _ = writeln!(t, "{name}{{direction=\"{direction}\",state=\"{state}\"}} {on}");
     }
-    let singles: [(&str, &str, &str, f64); 10] = [
+    let singles: [(&str, &str, &str, f64); 13] = [
         ("sockmesh_enrolled_pods", "gauge", "Pods that are enrolled on this node.", status.pods.len() as f64),
         (
-            "sockmesh_uncaptured_pods",
+            "sockmesh_pods_uncaptured",
             "gauge",
-            "Enrolled pods that the kernel does not capture; anything but 0 is a fault.",
-            status.pods.iter().filter(|p| !p.captured).count() as f64,
+            "Pods that opted in, run, and are not captured by the kernel; anything but 0 is a fault.",
+            (status.pods.iter().filter(|p| !p.captured).count()
+                + status.waiting.iter().filter(|p| p.uncaptured).count()) as f64,
+        ),
+        (
+            "sockmesh_pods_not_covered",
+            "gauge",
+            "Pods that are left alone although their namespace is in the mesh.",
+            status.not_covered.len() as f64,
+        ),
+        (
+            "sockmesh_cni_chained",
+            "gauge",
+            "1 while the CNI plugin is in the node's chain of plugins.",
+            f64::from(u8::from(matches!(*agent.cni.lock(), Chained::In(_)))),
+        ),
+        (
+            "sockmesh_state_write_failures_total",
+            "counter",
+            "Files of the state directory that could not be written.",
+            agent.disk.failures() as f64,
         ),
         (
             "sockmesh_ready",

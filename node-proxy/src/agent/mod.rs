@@ -2,7 +2,9 @@
 //! bytes, and never parses one itself.
 //!
 //! * [`controller`] receives the mesh's state, [`mesh`] keeps it, [`disk`] keeps it over restarts;
+//! * [`reconcile`] sees what is to be done and [`discover`] finds a pod that is to be enrolled;
 //! * [`pods`] enrols pods: sockets from [`netns`], certificates from [`certificates`], capture from `redirect-bpf`;
+//! * [`cni`] has new pods enrolled before their first instruction;
 //! * [`worker`] and [`keyd`] keep the two processes below alive ([`process`]) and talk to them;
 //! * [`requests`] answers the command line, [`admin`] answers operators ([`metrics`], [`status`]);
 //! * [`uninstall`] removes every trace.
@@ -17,7 +19,9 @@
 mod acceleration;
 mod admin;
 mod certificates;
+mod cni;
 mod controller;
+mod discover;
 mod disk;
 mod keyd;
 mod mesh;
@@ -25,6 +29,7 @@ mod metrics;
 mod netns;
 mod pods;
 mod process;
+mod reconcile;
 mod requests;
 mod rights;
 mod status;
@@ -45,8 +50,9 @@ use redirect_bpf::{Opened, Redirect};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+pub use reconcile::WaitingPod;
 pub use requests::{Reply, Request, ask};
-pub use status::{PodStatus, StatusDocument};
+pub use status::{NotCovered, PodStatus, StatusDocument};
 pub use uninstall::{stop, uninstall};
 
 use crate::child::LogArguments;
@@ -91,6 +97,14 @@ struct Agent {
     netns: NetnsThread,
     /// Cookie of the node's own network namespace.
     node_cookie: u64,
+    /// Inode of the node's own network namespace.
+    node_netns: u64,
+    /// Pods that shall be enrolled and are not.
+    waiting: reconcile::Waiting,
+    /// Who is in the mesh, as the CNI plugin is told; none before everything was heard once.
+    knowledge: Mutex<Option<sockmesh_cni::Knowledge>>,
+    /// How the CNI plugin stands.
+    cni: Mutex<cni::Chained>,
     state: Mutex<State>,
     pod_locks: PodLocks,
     /// Tells that something changed; what, everyone sees for themselves.
@@ -193,6 +207,9 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
         redirect_bpf::netns_cookie(socket.as_fd())
             .context("cannot read the cookie of the node's namespace")?
     };
+    let node_netns = std::fs::File::open("/proc/self/ns/net")
+        .and_then(discover::inode)
+        .context("cannot look at the node's network namespace")?;
     let mut redirect = Redirect::open(&redirect_bpf::Options {
         bpffs: config.node.bpffs.clone(),
         node: config.node.name.clone(),
@@ -223,6 +240,10 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
             tracing::warn!(%error, "starting without a configuration until the controller sends one")
         }
     }
+    let knowledge = disk.load_knowledge().unwrap_or_else(|error| {
+        tracing::warn!(%error, "the CNI plugin is told anew who is in the mesh");
+        None
+    });
     let (keyd_sender, keyd) = watch::channel(None);
     let launcher = Launcher { run_dir: config.node.run_dir.clone(), settings: config.processes.clone(), log };
     let agent = Arc::new(Agent {
@@ -233,6 +254,10 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
         opened,
         acceleration,
         node_cookie,
+        node_netns,
+        waiting: reconcile::Waiting::default(),
+        knowledge: Mutex::new(knowledge),
+        cni: Mutex::default(),
         state: Mutex::new(State { mesh, pods: BTreeMap::new(), worker: None }),
         pod_locks: PodLocks::default(),
         changed: watch::Sender::new(()),
@@ -259,6 +284,9 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
         AbortOnDrop(tokio::spawn(controller::receive(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(certificates::drop_strays(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(pods::follow(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(reconcile::keep(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(cni::follow(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(cni::keep(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(follow_refused(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(follow_disk(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(admin::serve(Arc::clone(&agent), admin))),
@@ -340,7 +368,25 @@ async fn save_config(agent: &Agent) {
     let saved = tokio::task::spawn_blocking(move || disk.save_config(resources)).await;
     let saved = saved.map_err(std::io::Error::other).and_then(|saved| saved);
     if let Err(error) = saved {
-        tracing::error!(%error, "the configuration is not on disk; a restart without the controller would miss it");
+        tracing::error!(
+            %error,
+            "the configuration is not on disk; a restart without the controller would miss it. Make room there; it is \
+             written again every node.reconcile"
+        );
+    }
+}
+
+/// Writes again what could not be written.
+async fn save_unwritten(agent: &Agent) {
+    if agent.disk.unwritten().is_empty() {
+        return;
+    }
+    pods::save(agent);
+    cni::save(agent);
+    certificates::save(agent);
+    save_config(agent).await;
+    if agent.disk.unwritten().is_empty() {
+        tracing::info!("everything is on disk again");
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -120,6 +120,34 @@ impl NetnsThread {
         self.run(
             netns,
             move || open_listeners(options),
+            move |result| {
+                // The asker may have given up.
+                let _ = send.send(result);
+            },
+        );
+        receive.await.map_err(|_| io::Error::other("the namespace thread ended"))?
+    }
+
+    /// The addresses by which a pod is reached: all of its namespace but loopback and link-local ones.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    pub(super) async fn addresses(&self, netns: Arc<OwnedFd>) -> io::Result<Vec<IpAddr>> {
+        let (send, receive) = tokio::sync::oneshot::channel();
+        self.run(
+            netns,
+            || {
+                let addresses = nix::ifaddrs::getifaddrs()?.filter_map(|interface| interface.address);
+                let addresses = addresses.filter_map(|a| {
+                    let v4 = a.as_sockaddr_in().map(|v4| IpAddr::from(v4.ip()));
+                    v4.or_else(|| a.as_sockaddr_in6().map(|v6| IpAddr::from(v6.ip())))
+                });
+                let is_local = |ip: &IpAddr| match ip {
+                    IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local(),
+                    IpAddr::V6(v6) => v6.is_loopback() || v6.is_unicast_link_local(),
+                };
+                Ok(addresses.filter(|ip| !is_local(ip)).collect())
+            },
             move |result| {
                 // The asker may have given up.
                 let _ = send.send(result);

@@ -5,6 +5,7 @@
 //! enrolled pod is written down; the next agent takes it up again if its namespace is still the same.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,27 +17,34 @@ use parking_lot::Mutex;
 use redirect_bpf::{Directions, PodSettings, PodSpec};
 use tokio::time::Instant;
 
-use super::certificates::{self, HeldCertificate};
+use super::certificates::{self, CertificateError, HeldCertificate};
 use super::disk::PodRecord;
 use super::netns::{self, Listeners};
-use super::{AbortOnDrop, Agent};
+use super::{AbortOnDrop, Agent, discover};
 use crate::ipc::proto::{ListenerKind, QueryKind};
 
 /// Pause before another worker is asked.
 const BETWEEN_WORKERS: Duration = Duration::from_millis(20);
+
+/// Pause before a namespace's loopback is tried again.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// One enrolled pod.
 pub(super) struct Pod {
     pub(super) netns_path: PathBuf,
     pub(super) netns: Arc<OwnedFd>,
     pub(super) cookie: u64,
+    /// Inode of the namespace.
+    pub(super) inode: u64,
+    /// Addresses that the namespace had when the pod was enrolled: they count until the controller knows some.
+    own_addresses: Vec<IpAddr>,
     /// Empty while nobody knows: after a restart, until the worker is found or started.
     pub(super) listeners: Listeners,
     pub(super) certificate: Option<HeldCertificate>,
     /// Why there is no certificate, or no newer one.
-    pub(super) certificate_error: Option<String>,
+    pub(super) certificate_error: Option<CertificateError>,
     /// Everything is in place, so capture it.
-    ready: bool,
+    pub(super) ready: bool,
     /// What the kernel was told last.
     pub(super) applied: Option<PodSettings>,
     /// Keeps the certificate young.
@@ -67,7 +75,7 @@ impl PodLocks {
 }
 
 /// What redirection has to know, from what the controller says.
-fn settings_of(workload: &Workload, acceleration: Directions) -> PodSettings {
+fn settings_of(workload: &Workload, own_addresses: &[IpAddr], acceleration: Directions) -> PodSettings {
     let off: Vec<u16> = workload
         .mtls_ports
         .iter()
@@ -81,7 +89,7 @@ fn settings_of(workload: &Workload, acceleration: Directions) -> PodSettings {
     inbound_ports.sort_unstable();
     inbound_ports.dedup();
     PodSettings {
-        addresses: workload.addresses.clone(),
+        addresses: if workload.addresses.is_empty() { own_addresses } else { &workload.addresses }.to_vec(),
         capture_outbound: true,
         capture_inbound: !all_off,
         fail_closed: workload.fail_closed,
@@ -108,11 +116,11 @@ fn borrow(listeners: &Listeners) -> redirect_bpf::Listeners<'_> {
 }
 
 /// Brings the kernel's entry of a pod to what the workload says now, if the pod is ready for it.
-fn capture(agent: &Agent, uid: &str) -> anyhow::Result<()> {
+pub(super) fn capture(agent: &Agent, uid: &str) -> anyhow::Result<()> {
     let mut state = agent.state.lock();
     let state = &mut *state;
     let (Some(workload), Some(pod)) = (state.mesh.local(uid), state.pods.get_mut(uid)) else { return Ok(()) };
-    let settings = settings_of(workload, agent.acceleration.directions);
+    let settings = settings_of(workload, &pod.own_addresses, agent.acceleration.directions);
     if !pod.ready || pod.listeners.is_empty() || pod.applied.as_ref() == Some(&settings) {
         return Ok(());
     }
@@ -145,9 +153,10 @@ fn insert(
     uid: &str,
     record: &PodRecord,
     netns: OwnedFd,
-    listeners: Listeners,
+    (listeners, own_addresses): (Listeners, Vec<IpAddr>),
     ready: bool,
-) {
+) -> anyhow::Result<()> {
+    let inode = discover::inode(&netns).context("cannot look at a network namespace")?;
     let certificate = match agent.disk.load_certificate(uid) {
         Ok(record) => record.map(|record| HeldCertificate::new(record, &agent.config.certificates)),
         Err(error) => {
@@ -164,6 +173,8 @@ fn insert(
         netns_path: record.netns.clone(),
         netns: Arc::new(netns),
         cookie: record.cookie,
+        inode,
+        own_addresses,
         listeners,
         certificate,
         certificate_error: None,
@@ -172,9 +183,11 @@ fn insert(
         _renewal: renewal,
     };
     state.pods.insert(uid.into(), pod);
+    Ok(())
 }
 
 /// Enrols a running pod; returns when capture, certificate and policy are in place. Again for the same pod is no error.
+/// `path` leads to its network namespace, which whoever has opened it already passes as `netns`.
 ///
 /// # Errors
 /// What is missing, for a person. Nothing is left half done.
@@ -182,13 +195,17 @@ pub(super) async fn enrol(
     agent: &Arc<Agent>,
     uid: &str,
     path: &Path,
+    netns: Option<OwnedFd>,
     timeout: Duration,
 ) -> anyhow::Result<()> {
     let _guard = agent.pod_locks.lock(uid).await;
     let deadline = Instant::now() + timeout;
     wait_for_workload(agent, uid, deadline).await?;
 
-    let netns = netns::open(path)?;
+    let netns = match netns {
+        Some(netns) => netns,
+        None => netns::open(path)?,
+    };
     let cookie = redirect_bpf::netns_cookie_of(netns.as_fd())
         .with_context(|| format!("{} is not a network namespace", path.display()))?;
     anyhow::ensure!(
@@ -211,12 +228,15 @@ pub(super) async fn enrol(
         None => {}
     }
 
-    let netns_again = netns.try_clone().context("cannot duplicate a descriptor")?;
-    let listeners = tokio::time::timeout_at(deadline, agent.netns.listeners(Arc::new(netns_again)))
-        .await
-        .context("the namespace thread is busy")??;
+    let netns_again = Arc::new(netns.try_clone().context("cannot duplicate a descriptor")?);
+    let inside = async {
+        let listeners = listeners_inside(agent, &netns_again, deadline).await?;
+        Ok::<_, std::io::Error>((listeners, agent.netns.addresses(netns_again).await?))
+    };
+    let inside =
+        tokio::time::timeout_at(deadline, inside).await.context("the namespace thread is busy")??;
     let record = PodRecord { uid: uid.to_owned(), netns: path.to_owned(), cookie };
-    insert(agent, uid, &record, netns, listeners, false);
+    insert(agent, uid, &record, netns, inside, false)?;
     agent.touch();
     let prepared = async {
         wait_until_served(agent, uid, deadline).await?;
@@ -224,8 +244,7 @@ pub(super) async fn enrol(
             pod.ready = true;
         }
         capture(agent, uid)?;
-        wait_until_captured(agent, uid, deadline).await?;
-        save(agent)
+        wait_until_captured(agent, uid, deadline).await
     }
     .await;
     if let Err(error) = prepared {
@@ -234,13 +253,37 @@ pub(super) async fn enrol(
         }
         return Err(error);
     }
+    save(agent);
     agent.touch();
     tracing::info!(uid, netns = %path.display(), "enrolled");
     Ok(())
 }
 
+/// Opens a pod's listeners. While a sandbox is being made, its loopback may come up after its network.
+async fn listeners_inside(
+    agent: &Agent,
+    netns: &Arc<OwnedFd>,
+    deadline: Instant,
+) -> std::io::Result<Listeners> {
+    loop {
+        match agent.netns.listeners(Arc::clone(netns)).await {
+            Err(e)
+                if e.kind() == std::io::ErrorKind::AddrNotAvailable
+                    && Instant::now() + BETWEEN_LOOKS < deadline =>
+            {
+                tokio::time::sleep(BETWEEN_LOOKS).await;
+            }
+            other => return other,
+        }
+    }
+}
+
 /// Waits until `reached` holds, looking again at each change of the state.
-async fn wait_until(agent: &Agent, deadline: Instant, mut reached: impl FnMut(&Agent) -> bool) -> bool {
+pub(super) async fn wait_until(
+    agent: &Agent,
+    deadline: Instant,
+    mut reached: impl FnMut(&Agent) -> bool,
+) -> bool {
     let mut changes = agent.changed.subscribe();
     loop {
         if reached(agent) {
@@ -302,8 +345,10 @@ async fn wait_for_certificate(agent: &Agent, uid: &str, deadline: Instant) -> an
     if state.worker.is_none() {
         anyhow::bail!("there is no worker; look for its end in the agent's log");
     }
-    let why = state.pods.get(uid).and_then(|pod| pod.certificate_error.clone());
-    anyhow::bail!("no certificate for pod {uid}: {}", why.unwrap_or_else(|| "no answer yet".to_owned()))
+    match state.pods.get(uid).and_then(|pod| pod.certificate_error.as_ref()) {
+        Some(error) => anyhow::bail!("no certificate for pod {uid}: {error}"),
+        None => anyhow::bail!("no certificate for pod {uid}: no answer yet"),
+    }
 }
 
 /// Waits until the worker has listeners and certificate: it answers in order, so an answer means all before was done.
@@ -342,7 +387,7 @@ pub(super) async fn unenrol(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<boo
         return Ok(false);
     }
     release(agent, uid)?;
-    save(agent)?;
+    save(agent);
     tracing::info!(uid, "unenrolled");
     Ok(true)
 }
@@ -373,7 +418,8 @@ fn release(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn save(agent: &Agent) -> anyhow::Result<()> {
+/// Writes down who is enrolled.
+pub(super) fn save(agent: &Agent) {
     let records: Vec<PodRecord> = agent
         .state
         .lock()
@@ -386,7 +432,9 @@ fn save(agent: &Agent) -> anyhow::Result<()> {
             cookie: pod.cookie,
         })
         .collect();
-    agent.disk.save_pods(&records).context("the list of enrolled pods is not kept")
+    if let Err(error) = agent.disk.save_pods(&records) {
+        tracing::error!(%error, "the list of enrolled pods is not on disk; the next agent would not know of a change");
+    }
 }
 
 /// Takes up the pods of the agent's last life. Those whose namespace is gone or another one are let go.
@@ -401,17 +449,33 @@ pub(super) fn restore(agent: &Arc<Agent>) -> anyhow::Result<()> {
             Vec::new()
         }
     };
-    for record in &records {
+    let mut gone = Vec::new();
+    for record in records.iter() {
         let netns = netns::open(&record.netns)
             .and_then(|netns| Ok((redirect_bpf::netns_cookie_of(netns.as_fd())?, netns)));
         match netns {
             Ok((cookie, netns)) if cookie == record.cookie => {
-                insert(agent, &record.uid, record, netns, Listeners::new(), true);
+                insert(agent, &record.uid, record, netns, Default::default(), true)?;
             }
-            Ok(_) => {
-                tracing::warn!(uid = record.uid, netns = %record.netns.display(), "another namespace now; let go");
+            Ok(_) => gone.push((record, "another namespace has its name now".to_owned())),
+            Err(error) => gone.push((record, error.to_string())),
+        }
+    }
+    // The path may have led through a process that ended; another one may still be there.
+    let mut found = if agent.config.node.discover_pods && !gone.is_empty() {
+        let uids = gone.iter().map(|(record, _)| record.uid.clone()).collect();
+        let node = &agent.config.node;
+        discover::find(&node.proc, &node.netns_dir, &uids, agent.node_netns)?
+    } else {
+        Default::default()
+    };
+    for (record, why) in gone {
+        match found.remove(&record.uid) {
+            Some(found) if redirect_bpf::netns_cookie_of(found.netns.as_fd())? == record.cookie => {
+                let record = PodRecord { netns: found.path, ..record.clone() };
+                insert(agent, &record.uid, &record, found.netns, Default::default(), true)?;
             }
-            Err(error) => tracing::warn!(uid = record.uid, %error, "let go"),
+            _ => tracing::warn!(uid = record.uid, netns = %record.netns.display(), why, "let go"),
         }
     }
     let known: Vec<u64> = agent.state.lock().pods.values().map(|pod| pod.cookie).collect();
@@ -475,6 +539,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_pod_has_the_addresses_of_its_namespace_until_the_controller_knows_some() {
+        let own: [IpAddr; 1] = ["10.1.2.3".parse().unwrap()];
+        let mut workload = Workload::default();
+        assert_eq!(settings_of(&workload, &own, Directions::NONE).addresses, own);
+        workload.addresses = vec!["10.1.2.4".parse().unwrap()];
+        assert_eq!(settings_of(&workload, &own, Directions::NONE).addresses, workload.addresses);
+    }
+
+    #[test]
     fn ports_without_mtls_are_reached_past_the_mesh() {
         let mut workload = Workload {
             mtls_ports: vec![(9090, MtlsMode::Disabled), (80, MtlsMode::Permissive)],
@@ -482,13 +555,16 @@ mod tests {
             ..Workload::default()
         };
         workload.exclusions.inbound_ports = vec![22];
-        let settings = settings_of(&workload, Directions::NONE);
+        let settings = settings_of(&workload, &[], Directions::NONE);
         assert_eq!(settings.exclusions.inbound_ports, [22, 9090]);
         assert!(settings.capture_inbound && settings.capture_outbound && settings.fail_closed);
 
         workload.mtls = MtlsMode::Disabled;
-        assert!(settings_of(&workload, Directions::NONE).capture_inbound, "port 80 still wants the mesh");
+        assert!(
+            settings_of(&workload, &[], Directions::NONE).capture_inbound,
+            "port 80 still wants the mesh"
+        );
         workload.mtls_ports.pop();
-        assert!(!settings_of(&workload, Directions::NONE).capture_inbound);
+        assert!(!settings_of(&workload, &[], Directions::NONE).capture_inbound);
     }
 }

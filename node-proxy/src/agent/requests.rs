@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::{Agent, StatusDocument, pods};
+use super::{Agent, StatusDocument, cni, pods};
 
 /// Longest request line in bytes.
 const MAX_LINE: u64 = 64 * 1024;
@@ -32,6 +32,31 @@ pub enum Request {
     },
     /// Let a pod go.
     Unenrol {
+        /// `metadata.uid` of the pod.
+        uid: String,
+    },
+    /// The CNI plugin has a new pod: enrol it if it is in the mesh.
+    CniAdd {
+        /// `metadata.uid` of the pod.
+        uid: String,
+        /// Its namespace.
+        namespace: String,
+        /// Its name.
+        name: String,
+        /// Path of its network namespace.
+        netns: PathBuf,
+        /// Longest wait in milliseconds.
+        timeout_ms: u64,
+    },
+    /// The CNI plugin has a pod whose network namespace goes.
+    CniDel {
+        /// `metadata.uid` of the pod.
+        uid: String,
+        /// Path of its network namespace; may be empty.
+        netns: PathBuf,
+    },
+    /// The CNI plugin asks whether a pod is captured if it should be.
+    CniCheck {
         /// `metadata.uid` of the pod.
         uid: String,
     },
@@ -134,7 +159,9 @@ async fn answer(agent: &Arc<Agent>, request: Request) -> Reply {
             let agent = Arc::clone(agent);
             // A task of its own: an asker who goes away must not leave a pod half enrolled.
             let task = tokio::spawn(async move {
-                pods::enrol(&agent, &uid, &netns, timeout).await.map(|()| format!("pod {uid} is enrolled"))
+                pods::enrol(&agent, &uid, &netns, None, timeout)
+                    .await
+                    .map(|()| format!("pod {uid} is enrolled"))
             });
             task.await.map_err(anyhow::Error::from).and_then(|done| done)
         }
@@ -145,6 +172,21 @@ async fn answer(agent: &Arc<Agent>, request: Request) -> Reply {
                 format!("pod {uid} was not enrolled")
             }
         }),
+        Request::CniAdd { uid, namespace, name, netns, timeout_ms } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            let agent = Arc::clone(agent);
+            let task = tokio::spawn(async move {
+                let added = cni::add(&agent, &uid, &namespace, &netns, timeout).await;
+                if let Err(error) = &added {
+                    let error = format!("{error:#}");
+                    tracing::warn!(uid, namespace, name, error, "a new pod has to wait for the mesh");
+                }
+                added
+            });
+            task.await.map_err(anyhow::Error::from).and_then(|done| done)
+        }
+        Request::CniDel { uid, netns } => cni::del(agent, &uid, &netns).await,
+        Request::CniCheck { uid } => cni::check(agent, &uid),
         Request::Status => return Reply::Status(Box::new(super::status::collect(agent))),
         Request::Stop => {
             agent.stop.notify_one();

@@ -1,10 +1,19 @@
 //! How the node is doing: one document for `sockmesh-node status`, readiness and the curious.
+//!
+//! A node is ready when it can serve pods. What is wrong with one pod alone does not make it unready: that would take the
+//! others' proxy out of a rollout, and says nothing about it.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::Agent;
+use sockmesh_cni::Knowledge;
+
+use super::certificates::CertificateError;
+use super::cni::Chained;
+use super::mesh::Mesh;
+use super::pods::Pod;
+use super::{Agent, WaitingPod};
 
 /// The node's state.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -37,10 +46,33 @@ pub struct StatusDocument {
     pub resources: Vec<(String, usize)>,
     /// Enrolled pods.
     pub pods: Vec<PodStatus>,
+    /// Pods that shall be enrolled and are not.
+    #[serde(default)]
+    pub waiting: Vec<WaitingPod>,
+    /// Pods that the mesh leaves alone although their namespace is in it.
+    #[serde(default)]
+    pub not_covered: Vec<NotCovered>,
+    /// How the CNI plugin stands.
+    #[serde(default)]
+    pub cni: String,
+    /// What is wrong with single pods or with the node's disk. The rest of the node is served all the same.
+    #[serde(default)]
+    pub problems: Vec<String>,
     /// Counters of the redirection.
     pub redirect: Vec<(String, u64)>,
     /// What keeps the node from being ready; empty when it is.
     pub not_ready: Vec<String>,
+}
+
+/// A pod that is left alone although its namespace is in the mesh.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotCovered {
+    /// `metadata.uid`.
+    pub uid: String,
+    /// `namespace/name`.
+    pub name: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// One enrolled pod.
@@ -77,7 +109,10 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
             Vec::new()
         }
     };
+    let waiting = agent.waiting.list(agent);
+    let knowledge = agent.knowledge.lock().clone().unwrap_or_default();
     let state = agent.state.lock();
+    let not_covered = not_covered(&state.mesh, &knowledge);
     let trust_domain = state.mesh.trust().map(|t| t.trust_domain.clone());
     let pods: Vec<PodStatus> = state
         .pods
@@ -94,11 +129,12 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
                 captured: pod.captured(),
                 fail_closed: pod.applied.as_ref().is_none_or(|s| s.fail_closed),
                 certificate_not_after_unix: pod.certificate.as_ref().map(|c| c.record.not_after),
-                certificate_error: pod.certificate_error.clone(),
+                certificate_error: pod.certificate_error.as_ref().map(ToString::to_string),
             }
         })
         .collect();
     let mut not_ready = Vec::new();
+    let mut problems = Vec::new();
     if state.worker.is_none() {
         not_ready.push("no worker".to_owned());
     }
@@ -108,15 +144,19 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
     if !state.mesh.is_complete() {
         not_ready.push(format!("no configuration: {}", controller.describe()));
     }
-    for pod in &pods {
-        if !pod.captured {
-            not_ready.push(format!("pod {} is not captured", pod.uid));
-        }
-        if pod.certificate_not_after_unix.is_none_or(|end| end <= super::certificates::now()) {
-            let why = pod.certificate_error.as_deref().unwrap_or("no answer yet");
-            not_ready.push(format!("pod {} has no certificate: {why}", pod.uid));
-        }
+    let cni = agent.cni.lock().clone();
+    if let Chained::Failed(problem) = &cni {
+        not_ready.push(format!("the CNI plugin is not in the chain: {problem}"));
     }
+    for (uid, pod) in &state.pods {
+        let (of_pod, of_node) = faults(uid, pod, super::certificates::now());
+        problems.extend(of_pod);
+        not_ready.extend(of_node);
+    }
+    for pod in waiting.iter().filter(|pod| pod.uncaptured) {
+        problems.push(format!("pod {} is not in the mesh: {}", pod.uid, pod.reason));
+    }
+    problems.extend(agent.disk.unwritten().into_iter().map(|what| format!("{what}; make room on the disk")));
     StatusDocument {
         node: agent.config.node.name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -132,9 +172,53 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
         last_update_unix: controller.last_update,
         resources: state.mesh.counts().into_iter().map(|(t, n)| (t.to_owned(), n)).collect(),
         pods,
+        waiting,
+        not_covered,
+        cni: cni.to_string(),
+        problems,
         redirect,
         not_ready,
     }
+}
+
+/// What is wrong with a pod: of its own, and as a sign that the node does not work.
+fn faults(uid: &str, pod: &Pod, now: i64) -> (Option<String>, Option<String>) {
+    if !pod.ready {
+        // It is being enrolled, and who enrols it hears what is missing.
+        return (None, None);
+    }
+    if !pod.captured() {
+        let fault = format!("pod {uid} is not captured");
+        // Without listeners it waits for the worker, as all do after a start.
+        return if pod.listeners.is_empty() { (None, Some(fault)) } else { (Some(fault), None) };
+    }
+    if pod.certificate.as_ref().is_some_and(|held| held.record.not_after > now) {
+        return (None, None);
+    }
+    match &pod.certificate_error {
+        Some(error @ CertificateError::Refused(_)) => {
+            (Some(format!("pod {uid} has no certificate: {error}")), None)
+        }
+        Some(error) => (None, Some(format!("pod {uid} has no certificate: {error}"))),
+        None => (None, Some(format!("pod {uid} has no certificate: no answer yet"))),
+    }
+}
+
+/// Pods of this node that are left alone in namespaces of the mesh.
+fn not_covered(mesh: &Mesh, knowledge: &Knowledge) -> Vec<NotCovered> {
+    let left_out = mesh.locals().filter(|w| !w.enrolled && knowledge.namespaces.contains(&*w.namespace));
+    left_out
+        .map(|w| NotCovered {
+            uid: w.uid.to_string(),
+            name: format!("{}/{}", w.namespace, w.name),
+            reason: if w.host_network {
+                "it is in the node's network namespace; its traffic is plain"
+            } else {
+                "it opted out by its label, or another mesh serves it; /debug/uncovered of the controller says which"
+            }
+            .to_owned(),
+        })
+        .collect()
 }
 
 impl fmt::Display for StatusDocument {
@@ -156,6 +240,7 @@ impl fmt::Display for StatusDocument {
             self.keyd_restarts
         )?;
         writeln!(f, "  redirection {}; {}", self.redirection, self.controller)?;
+        writeln!(f, "  CNI plugin {}", self.cni)?;
         for (direction, state) in &self.acceleration {
             writeln!(f, "  acceleration {direction} {state}")?;
         }
@@ -173,6 +258,16 @@ impl fmt::Display for StatusDocument {
             if let Some(error) = &pod.certificate_error {
                 writeln!(f, "      certificate: {error}")?;
             }
+        }
+        for pod in &self.waiting {
+            let what = if pod.uncaptured { "NOT IN THE MESH" } else { "waited for" };
+            writeln!(f, "  pod {} {} {what}: {}", pod.uid, pod.name, pod.reason)?;
+        }
+        for pod in &self.not_covered {
+            writeln!(f, "  pod {} {} not covered: {}", pod.uid, pod.name, pod.reason)?;
+        }
+        for problem in &self.problems {
+            writeln!(f, "  PROBLEM: {problem}")?;
         }
         for (name, value) in self.redirect.iter().filter(|(_, value)| *value > 0) {
             writeln!(f, "  redirect {name} {value}")?;

@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::net::UnixStream;
 
-use super::process;
 use super::requests::{Reply, Request, ask};
+use super::{cni, process};
 use crate::child::Role;
 use crate::config::NodeConfig;
 use crate::ipc::proto::{
@@ -101,6 +101,10 @@ pub async fn uninstall(config: &NodeConfig) -> anyhow::Result<()> {
         }
     };
     note(if run_dir.exists() { stop(run_dir).await } else { Ok(()) });
+    // After the agent, which would put it back.
+    let unchained = cni::remove(&config.node);
+    let chained = unchained.is_err();
+    note(unchained.map_err(anyhow::Error::from));
     // Pins go although a process may linger: plain networking comes back.
     note(redirect_bpf::uninstall(&config.node.bpffs, &config.node.name).map_err(anyhow::Error::from));
     for name in ["agent.sock", "agent.lock", "worker-0.sock", "keyd.sock"] {
@@ -113,7 +117,10 @@ pub async fn uninstall(config: &NodeConfig) -> anyhow::Result<()> {
         }
         _ => {}
     }
-    note(remove(&config.node.state_dir));
+    // As long as the CNI plugin is asked about new pods, it must find in there which are none of its business.
+    if !chained {
+        note(remove(&config.node.state_dir));
+    }
     anyhow::ensure!(failures.is_empty(), "not everything could be removed:\n  {}", failures.join("\n  "));
     Ok(())
 }
