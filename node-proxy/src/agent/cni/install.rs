@@ -237,6 +237,7 @@ pub(in super::super) async fn keep(agent: Arc<Agent>) {
         return;
     }
     // A plugin that is asked before it can know anything would let nobody up.
+    *agent.cni.lock() = Chained::NotYet;
     let mut changes = agent.changed.subscribe();
     while !knowledge_file(node).exists() {
         if changes.changed().await.is_err() {

@@ -36,6 +36,8 @@ pub(super) enum Chained {
     /// It is switched off.
     #[default]
     Off,
+    /// Not before the controller has said who is in the mesh.
+    NotYet,
     /// The node has no network configuration that it could be in.
     Nowhere,
     /// In this configuration.
@@ -48,6 +50,7 @@ impl fmt::Display for Chained {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Off => f.write_str("switched off"),
+            Self::NotYet => f.write_str("waits for the controller to say who is in the mesh"),
             Self::Nowhere => f.write_str("no network configuration on this node to be in"),
             Self::In(file) => write!(f, "in the chain of {}", file.display()),
             Self::Failed(problem) => write!(f, "NOT IN THE CHAIN: {problem}"),
