@@ -3,6 +3,7 @@
 //! ```text
 //! config            last good resources: magic, checksum, protobuf
 //! cni.json          who is in the mesh, for the CNI plugin
+//! cni-socket        the socket that this agent's entry in a chain of CNI plugins names
 //! pods.json         enrolled pods: UID, path and cookie of the network namespace
 //! certificates/UID  a pod's certificate (public) and the name of its key in keyd
 //! node-key.pem      the node's own key, 0600

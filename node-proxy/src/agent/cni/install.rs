@@ -4,8 +4,10 @@
 //! Every file is replaced by renaming, so the runtime never reads half of one. A single plugin's file (`X.conf`) is
 //! replaced by a chain (`X.conflist`) and kept beside it under a name that the runtime does not read.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -169,6 +171,11 @@ fn socket(node: &NodeSettings) -> PathBuf {
     node.cni.socket.clone().unwrap_or_else(|| node.run_dir.join("agent.sock"))
 }
 
+/// Where the agent notes the socket that its entry names.
+fn note(node: &NodeSettings) -> PathBuf {
+    node.state_dir.join("cni-socket")
+}
+
 /// The plugin's entry in a chain.
 fn entry(config: &NodeConfig) -> Value {
     let node = &config.node;
@@ -187,6 +194,10 @@ fn install(config: &NodeConfig) -> io::Result<Chained> {
     if !cni.bin_dir.is_dir() || !cni.conf_dir.is_dir() || configurations(&cni.conf_dir)?.is_empty() {
         return Ok(Chained::Nowhere);
     }
+    let (note, socket) = (note(&config.node), socket(&config.node));
+    if fs::read(&note).ok().as_deref() != Some(socket.as_os_str().as_bytes()) {
+        replace(&note, socket.as_os_str().as_bytes(), 0o600)?;
+    }
     // The program first: a chain that names a missing one makes no sandbox at all.
     copy_program(cni)?;
     put(&cni.conf_dir, &entry(config))
@@ -200,6 +211,13 @@ pub(in super::super) fn remove(node: &NodeSettings) -> io::Result<()> {
     let cni = &node.cni;
     if cni.conf_dir.is_dir() {
         take_out(&cni.conf_dir, &socket(node))?;
+        // Who uninstalls may see the host's directories elsewhere than the agent did.
+        let note = note(node);
+        match fs::read(&note) {
+            Ok(noted) => take_out(&cni.conf_dir, Path::new(OsStr::from_bytes(&noted)))?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(about("read", &note, &e)),
+        }
         for path in configurations(&cni.conf_dir)? {
             if names_plugin(&path)? {
                 return Ok(());
@@ -285,7 +303,7 @@ mod tests {
         fn new(files: &[(&str, Value)]) -> Self {
             let dir = tempfile::tempdir().unwrap();
             let path = |name: &str| dir.path().join(name);
-            for name in ["bin", "conf"] {
+            for name in ["bin", "conf", "state"] {
                 fs::create_dir(path(name)).unwrap();
             }
             fs::write(path("plugin"), "program").unwrap();
@@ -296,6 +314,7 @@ mod tests {
             config.node.cni.bin_dir = path("bin");
             config.node.cni.conf_dir = path("conf");
             config.node.cni.program = Some(path("plugin"));
+            config.node.state_dir = path("state");
             Self { dir, config }
         }
 
@@ -413,12 +432,25 @@ mod tests {
     }
 
     #[test]
+    fn who_uninstalls_may_see_the_run_directory_elsewhere() {
+        let host = Host::new(&[("10-a.conflist", list("a"))]);
+        let before = host.files();
+        install(&host.config).unwrap();
+        let mut elsewhere = host.config.node.clone();
+        elsewhere.run_dir = "/host/run/sockmesh".into();
+        remove(&elsewhere).unwrap();
+        assert_eq!(host.files(), before);
+        assert!(!host.program().exists());
+    }
+
+    #[test]
     fn another_agent_takes_nothing_away() {
         let host = Host::new(&[("10-a.conflist", list("a"))]);
         install(&host.config).unwrap();
         let before = host.files();
         let mut other = host.config.node.clone();
         other.run_dir = "/run/other".into();
+        other.state_dir = "/nonexistent/other".into();
         remove(&other).unwrap();
         assert_eq!(host.files(), before);
         assert!(host.program().exists(), "the chain names it");
