@@ -9,10 +9,10 @@ BIN := $(CARGO_TARGET_DIR)/release
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench check build dist tools
+.PHONY: help demo test bench check build dist images cluster cluster-down tools
 
 help: ## lists the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 22
 
 demo: build ## shows the mesh at work: two nodes, a web service, a database, failures under load
 	@scripts/install-deps.sh run
@@ -37,6 +37,18 @@ build: tools ## all binaries, in target/release
 
 dist: tools ## sockmesh-node as it ships, in target/dist; takes as long as all the rest
 	cargo build --profile dist --locked -p node-proxy
+
+images: tools ## the images of node and controller, as archives in .tools/images
+	images/build
+
+cluster: images ## a real Kubernetes of two nodes on this machine; ARGS="--nodes 3 --dual-stack"
+	@scripts/install-deps.sh cluster
+	@e2e/cluster/build-programs
+	@e2e/cluster/build-images
+	@e2e/cluster/up $(ARGS)
+
+cluster-down: ## removes that cluster and every trace of it
+	@e2e/cluster/down
 
 tools: ## what building needs, through apt and cargo
 	@scripts/install-deps.sh build

@@ -4,6 +4,7 @@
 #
 #   scripts/install-deps.sh build      a C compiler, for the crates that bring C code
 #   scripts/install-deps.sh run        the programs that the demo, the scenarios and the benchmarks use
+#   scripts/install-deps.sh cluster    what the Kubernetes cluster of e2e/cluster uses
 #   scripts/install-deps.sh check      clippy, rustfmt, cargo-deny
 set -euo pipefail
 
@@ -29,6 +30,19 @@ packages_run=(
     "ncat               raw TCP in scenarios"
     "iperf3             bulk TCP in scenarios and benchmarks"
     "python3            small servers and clients in scenarios"
+)
+packages_cluster=(
+    "iproute2           makes the machines' network namespaces"
+    "util-linux         enters them (nsenter, unshare)"
+    "iptables           packet rules of host ports, and of kube-proxy's iptables mode"
+    "nftables           packet rules of kube-proxy"
+    "libseccomp2        used by runc, which starts the containers"
+    "openssl            keys and certificates of the control plane"
+    "curl               asks whether the API server is ready"
+    "jq                 reads its answers"
+    "python3            puts images together"
+    "gcc                compiles the pods' first process"
+    "libc6-dev          its headers"
 )
 # Debian starts these when they are installed; here they only run in pods.
 services=(nginx redis-server postgresql mariadb)
@@ -151,13 +165,14 @@ install_cargo_tools() {
 }
 
 if [ "$#" = 0 ]; then
-    die "say what for: build, run, check"
+    die "say what for: build, run, cluster, check"
 fi
 for what in "$@"; do
     case $what in
         build) need_cargo; install_packages "${packages_build[@]}" ;;
         run) install_packages "${packages_run[@]}" ;;
+        cluster) install_packages "${packages_cluster[@]}" ;;
         check) install_cargo_tools ;;
-        *) die "$what is none of: build, run, check" ;;
+        *) die "$what is none of: build, run, cluster, check" ;;
     esac
 done
