@@ -38,8 +38,8 @@ build: tools ## all binaries, in target/release
 dist: tools ## sockmesh-node as it ships, in target/dist; takes as long as all the rest
 	cargo build --profile dist --locked -p node-proxy
 
-images: tools ## the images of node and controller, as archives in .tools/images
-	images/build
+images: tools ## the images of node and controller, in .tools/images; PROFILE=dist for those that ship
+	images/build --profile $(or $(PROFILE),release)
 
 cluster: images ## a real Kubernetes of two nodes on this machine; ARGS="--nodes 3 --dual-stack"
 	@scripts/install-deps.sh cluster
