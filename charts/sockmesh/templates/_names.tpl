@@ -1,0 +1,74 @@
+{{/*
+Names are fixed: a cluster has one mesh, and certificates, RBAC and the nodes' configuration refer to these names.
+*/}}
+{{- define "sockmesh.controller" -}}sockmesh-controller{{- end }}
+{{- define "sockmesh.node" -}}sockmesh-node{{- end }}
+{{- define "sockmesh.cleanup" -}}sockmesh-cleanup{{- end }}
+{{- define "sockmesh.test" -}}sockmesh-test{{- end }}
+{{/* Made by the controller: the roots for the nodes, the election, and in mode self-signed the CA. */}}
+{{- define "sockmesh.trust" -}}sockmesh-trust{{- end }}
+{{- define "sockmesh.lease" -}}sockmesh-controller{{- end }}
+{{- define "sockmesh.caSecret" -}}{{ if eq .Values.ca.mode "secret" }}{{ .Values.ca.secret }}{{ else }}sockmesh-ca{{ end }}{{- end }}
+{{/* Audience of the nodes' tokens, and the name in the certificate of the controller's endpoint. */}}
+{{- define "sockmesh.audience" -}}sockmesh-controller{{- end }}
+{{- define "sockmesh.endpoint" -}}{{ include "sockmesh.controller" . }}.{{ .Release.Namespace }}.svc{{- end }}
+
+{{/* Call with (list $ name). */}}
+{{- define "sockmesh.selector" -}}
+app.kubernetes.io/name: {{ index . 1 }}
+app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
+{{- end }}
+
+{{- define "sockmesh.labels" -}}
+{{- $top := index . 0 -}}
+{{ include "sockmesh.selector" . }}
+app.kubernetes.io/part-of: sockmesh
+app.kubernetes.io/version: {{ $top.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $top.Release.Service }}
+helm.sh/chart: {{ $top.Chart.Name }}-{{ $top.Chart.Version }}
+{{- end }}
+
+{{/* Call with (list $ .Values.<part>.image). */}}
+{{- define "sockmesh.image" -}}
+{{- $top := index . 0 -}}
+{{- $image := index . 1 -}}
+{{- with $top.Values.image.registry }}{{ trimSuffix "/" . }}/{{ end -}}
+{{ $image.repository }}
+{{- if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $top.Values.image.tag | default $top.Chart.AppVersion }}{{ end -}}
+{{- end }}
+
+{{- define "sockmesh.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Call with (list address port). */}}
+{{- define "sockmesh.socket" -}}
+{{- $address := index . 0 -}}
+{{- if contains ":" $address }}[{{ $address }}]{{ else }}{{ $address }}{{ end }}:{{ index . 1 }}
+{{- end }}
+
+{{/* Call with (list $ port). */}}
+{{- define "sockmesh.scrape" -}}
+{{- if (index . 0).Values.monitoring.annotations }}
+prometheus.io/scrape: "true"
+prometheus.io/port: {{ index . 1 | quote }}
+prometheus.io/path: /metrics
+{{- end }}
+{{- end }}
+
+{{/* What single values cannot know of each other. Each message: which value, what is wrong, what to do. */}}
+{{- define "sockmesh.check" -}}
+{{- if and (eq .Values.ca.mode "secret") (not .Values.ca.secret) }}
+{{- fail "ca.secret is empty, and ca.mode is \"secret\": name the Secret that holds the CA (tls.crt, tls.key, ca.crt), or use ca.mode \"self-signed\"" }}
+{{- end }}
+{{- if and (eq .Values.ca.mode "self-signed") .Values.ca.secret }}
+{{- fail (printf "ca.secret is %q, and ca.mode is \"self-signed\", which would leave it unused: set ca.mode to \"secret\", or leave ca.secret empty" .Values.ca.secret) }}
+{{- end }}
+{{- $admin := .Values.node.adminAddress | default .Values.bindAddress }}
+{{- if and .Values.monitoring.podMonitor.enabled (has $admin (list "127.0.0.1" "::1")) }}
+{{- fail (printf "node.adminAddress is %q, where Prometheus cannot reach it, and monitoring.podMonitor.enabled is true: change one of them" $admin) }}
+{{- end }}
+{{- end }}
