@@ -26,11 +26,13 @@ bench: build dist ## measures against direct connections and a pair of Envoys
 	@scripts/install-bench-deps.sh
 	$(SUDO) $(BIN)/bench --node $(CARGO_TARGET_DIR)/dist/sockmesh-node $(ARGS)
 
-check: tools ## formatting, lints, licences and sources of crates
+check: tools ## formatting, lints, licences and sources of crates, documentation, Helm chart
 	@scripts/install-deps.sh check
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	scripts/check-crates.sh
+	scripts/check-docs.sh
+	charts/test/run
 
 build: tools ## all binaries, in target/release
 	cargo build --release --locked --workspace

@@ -66,6 +66,8 @@ stage "formatting" cargo fmt --all --check
 stage "lints" lint
 stage "crates: licences, sources, bans" scripts/check-crates.sh
 must "build" cargo build --release --locked --workspace
+stage "documentation" scripts/check-docs.sh
+stage "Helm chart" charts/test/run
 # Both stages select the whole workspace, or crates would be built again with other features of what they depend on.
 stage "unit and integration tests" run_tests --workspace -- --include-ignored --skip scenarios::
 stage "scenarios" run_tests --workspace --test scenarios -- --include-ignored --test-threads 1
