@@ -5,8 +5,14 @@ Names are fixed: a cluster has one mesh, and certificates, RBAC and the nodes' c
 {{- define "sockmesh.node" -}}sockmesh-node{{- end }}
 {{- define "sockmesh.cleanup" -}}sockmesh-cleanup{{- end }}
 {{- define "sockmesh.test" -}}sockmesh-test{{- end }}
-{{/* Made by the controller: the roots for the nodes, the election, and in mode self-signed the CA. */}}
+{{/*
+Made by the controller: the roots for the nodes; what replicas tell each other (acknowledgements while a root is replaced, and
+which pods are gone, in sixteen parts); the election; in mode self-signed the CA.
+*/}}
 {{- define "sockmesh.trust" -}}sockmesh-trust{{- end }}
+{{- define "sockmesh.configMaps" -}}
+{{ include "sockmesh.trust" . }} sockmesh-acks {{- range splitList "" "0123456789abcdef" }} sockmesh-ledger-{{ . }}{{ end }}
+{{- end }}
 {{- define "sockmesh.lease" -}}sockmesh-controller{{- end }}
 {{- define "sockmesh.caSecret" -}}{{ if eq .Values.ca.mode "secret" }}{{ .Values.ca.secret }}{{ else }}sockmesh-ca{{ end }}{{- end }}
 {{/* Audience of the nodes' tokens, and the name in the certificate of the controller's endpoint. */}}
