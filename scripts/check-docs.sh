@@ -22,14 +22,14 @@ elif [ "$in_code" != "$in_table" ]; then
     diff <(echo "$in_table") <(echo "$in_code") | grep '^[<>]' || true
 fi
 
-# Annotations and the label: each one that is written about exists, and each that exists is written about.
-known=$(grep -ohE '"sockmesh\.io/[a-z-]+"' mesh-controller/src/index/settings.rs | tr -d '"' | sort -u)
+# Annotations and the label: each one that is written about exists, and each for applications is written about.
+known=$(grep -rohE '"sockmesh\.io/[a-z-]+"' mesh-controller/src | tr -d '"' | sort -u)
 while read -r name; do
-    grep -qxF -- "$name" <<<"$known" || bad "$name is written about; mesh-controller/src/index/settings.rs does not know it"
+    grep -qxF -- "$name" <<<"$known" || bad "$name is written about; mesh-controller does not know it"
 done < <(words 'sockmesh\.io/[a-z-]+' | grep -v -- '-$')
 while read -r name; do
     grep -qF -- "$name" docs/opt-in.md || bad "docs/opt-in.md does not tell of $name"
-done <<<"$known"
+done < <(grep -ohE '"sockmesh\.io/[a-z-]+"' mesh-controller/src/index/settings.rs | tr -d '"' | sort -u)
 
 # Metrics. The controller's are registered without prefix and without the suffix that the format adds.
 while read -r name; do
