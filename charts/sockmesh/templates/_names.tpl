@@ -65,6 +65,19 @@ prometheus.io/path: /metrics
 {{- end }}
 {{- end }}
 
+{{/*
+The node's file of settings: `node.config`, and what follows from other values. The CNI plugin runs outside of the container,
+so it is told the host's paths. The mesh's own pods must come up without it.
+*/}}
+{{- define "sockmesh.nodeConfig" -}}
+{{- $exempt := dig "node" "cni" "exempt_namespaces" (list "kube-system") .Values.node.config -}}
+{{- $cni := dict "enabled" .Values.cni.enabled "exempt_namespaces" (append $exempt .Release.Namespace | uniq) -}}
+{{- $_ := set $cni "socket" (printf "%s/agent.sock" .Values.node.host.run) -}}
+{{- $_ = set $cni "knowledge" (printf "%s/cni.json" .Values.node.host.state) -}}
+{{- $own := dict "node" (dict "discover_pods" true "netns_dir" .Values.node.host.netns "cni" $cni) -}}
+{{- toYaml (mergeOverwrite (deepCopy .Values.node.config) $own) -}}
+{{- end }}
+
 {{/* What single values cannot know of each other. Each message: which value, what is wrong, what to do. */}}
 {{- define "sockmesh.check" -}}
 {{- if and (eq .Values.ca.mode "secret") (not .Values.ca.secret) }}
