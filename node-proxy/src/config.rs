@@ -51,7 +51,7 @@ settings! {
         state_dir: PathBuf = PathBuf::from("/var/lib/sockmesh"), "path";
         /// Mount point of a bpf file system; maps and links are pinned below it, in sockmesh/<node name>.
         bpffs: PathBuf = PathBuf::from("/sys/fs/bpf"), "path";
-        /// Root of the cgroup2 hierarchy whose processes are captured; none means found in /proc/self/mountinfo.
+        /// Root of the cgroup2 hierarchy whose processes are captured, or a directory that has it as `unified`; none means found in /proc/self/mountinfo.
         cgroup: Option<PathBuf> = None, "path";
         /// Whether bytes between applications and the worker skip TCP: auto where a self-test at the start finds that applications cannot tell (the status says what it found), off never, forced everywhere (for measurements only: some applications may hang).
         acceleration: AccelerationMode = AccelerationMode::Auto, "auto | off | forced";

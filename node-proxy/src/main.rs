@@ -119,7 +119,7 @@ impl NodeArgs {
 struct AgentArgs {
     #[command(flatten)]
     node: NodeArgs,
-    /// Root of the cgroup2 hierarchy to capture [default: found in /proc/self/mountinfo].
+    /// Root of the cgroup2 hierarchy to capture, or the directory that has it as `unified` [default: found in /proc/self/mountinfo].
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
     /// Address of /metrics, /healthz/ready and /debug/config [default: 127.0.0.1:15020].

@@ -121,13 +121,29 @@ pub fn probe(bpffs: &Path) -> Vec<Missing> {
 }
 
 fn is_bpffs(path: &Path) -> bool {
-    nix::sys::statfs::statfs(path)
-        .is_ok_and(|found| found.filesystem_type().0 == crate::redirect::BPF_FS_MAGIC)
+    has_type(path, crate::redirect::BPF_FS_MAGIC)
+}
+
+/// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
+const CGROUP2_SUPER_MAGIC: nix::libc::c_long = 0x6367_7270;
+
+fn has_type(path: &Path, magic: nix::libc::c_long) -> bool {
+    nix::sys::statfs::statfs(path).is_ok_and(|found| found.filesystem_type().0 == magic)
 }
 
 /// Root of the cgroup2 hierarchy that this process sees. Hosts with cgroup v1 may have it beside the v1 controllers.
 pub fn find_cgroup2() -> Option<PathBuf> {
     cgroup2_in(&fs::read_to_string("/proc/self/mountinfo").ok()?)
+}
+
+/// The cgroup2 root of a host whose `/sys/fs/cgroup` is at `path`: that itself, or `unified` in it where systemd has mounted
+/// it beside version 1 hierarchies. A path that is neither is left as it is, for the error to name.
+pub(crate) fn cgroup2_at(path: &Path) -> PathBuf {
+    let beside = path.join("unified");
+    if !has_type(path, CGROUP2_SUPER_MAGIC) && has_type(&beside, CGROUP2_SUPER_MAGIC) {
+        return beside;
+    }
+    path.to_owned()
 }
 
 /// proc_pid_mountinfo(5): the mount point is the fifth field, the type the first after a lone hyphen.
@@ -171,6 +187,19 @@ mod tests {
                          32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
                          41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
         assert_eq!(cgroup2_in(mountinfo), Some(PathBuf::from("/sys/fs/cgroup/unified")));
+    }
+
+    #[test]
+    fn cgroup2_is_found_at_the_hosts_directory_whichever_versions_are_there() {
+        let Some(root) = find_cgroup2() else {
+            println!("skipped: there is no cgroup2 file system");
+            return;
+        };
+        assert_eq!(cgroup2_at(&root), root);
+        if root.ends_with("unified") {
+            assert_eq!(cgroup2_at(root.parent().unwrap()), root);
+        }
+        assert_eq!(cgroup2_at(Path::new("/proc")), Path::new("/proc"));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::{
     exclusions::ExclusionMaps,
     layout::{MAPS, MapSpec, Pins},
     object::{CGROUP_HOOKS, CgroupProgram, Loader},
-    probe::find_cgroup2,
+    probe::{cgroup2_at, find_cgroup2},
     settings::{Opened, Options},
     sys::{self, Map},
     types::{
@@ -57,7 +57,7 @@ impl Redirect {
     pub fn open(options: &Options) -> Result<Self, Error> {
         require_bpffs(&options.bpffs)?;
         let cgroup_path = match &options.cgroup {
-            Some(path) => path.clone(),
+            Some(path) => cgroup2_at(path),
             None => find_cgroup2().ok_or(Error::NoCgroup2)?,
         };
         let cgroup = fs::File::open(&cgroup_path)

@@ -17,7 +17,8 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// Name of the node: names the pin directory `<bpffs>/sockmesh/<node>`.
     pub node: String,
-    /// Root of the cgroup2 hierarchy; `None` finds it in `/proc/self/mountinfo`.
+    /// Root of the cgroup2 hierarchy, or a directory of version 1 hierarchies that has it as `unified`; `None` finds it in
+    /// `/proc/self/mountinfo`.
     pub cgroup: Option<PathBuf>,
     /// Cookie of the node's own network namespace: its processes (the kubelet) are recognised by it.
     pub node_netns_cookie: u64,
