@@ -9,7 +9,7 @@ BIN := $(CARGO_TARGET_DIR)/release
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench check build dist images cluster cluster-down tools
+.PHONY: help demo test bench check build dist images cluster cluster-down test-cluster tools
 
 help: ## lists the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -48,6 +48,9 @@ cluster: images ## a real Kubernetes of two nodes on this machine; ARGS="--nodes
 	@e2e/cluster/build-programs
 	@e2e/cluster/build-images
 	@e2e/cluster/up $(ARGS)
+
+test-cluster: cluster ## plays the mesh's story on that cluster, from helm install to helm uninstall
+	$(SUDO) e2e/cluster/test $(STEPS)
 
 cluster-down: ## removes that cluster and every trace of it
 	@e2e/cluster/down
