@@ -60,6 +60,20 @@ run_tests() {
         without_successes | tee -a "$output"
 }
 
+# For the tests of the controller and of the chart; those tests are skipped without.
+kubernetes_programs() {
+    local why="there is no Go (https://go.dev/dl)"
+    if command -v go >/dev/null; then
+        if e2e/cluster/build-programs --for-tests; then
+            return
+        fi
+        why="it failed, see above"
+    fi
+    echo "skipped: building an API server and Helm: $why" | tee -a "$output"
+}
+
+logged() { "$@" 2>&1 | tee -a "$output"; }
+
 must "tools and programs" scripts/install-deps.sh build run check
 must "eBPF toolchain" scripts/install-bpf-toolchain.sh
 stage "formatting" cargo fmt --all --check
@@ -67,7 +81,8 @@ stage "lints" lint
 stage "crates: licences, sources, bans" scripts/check-crates.sh
 must "build" cargo build --release --locked --workspace
 stage "documentation" scripts/check-docs.sh
-stage "Helm chart" charts/test/run
+stage "API server and Helm" kubernetes_programs
+stage "Helm chart" logged charts/test/run
 # Both stages select the whole workspace, or crates would be built again with other features of what they depend on.
 stage "unit and integration tests" run_tests --workspace -- --include-ignored --skip scenarios::
 stage "scenarios" run_tests --workspace --test scenarios -- --include-ignored --test-threads 1
@@ -77,7 +92,8 @@ awk '/^ *Running / { sub(/^ *Running (unittests )?/, ""); sub(/ \(.*/, ""); name
      /^ *Doc-tests / { name = "documentation of " $2; next }
      /^test .* FAILED( \(|$)/ { print "  " name ": " $0; next }
      # The runner of the scenarios counts these as ignored by itself.
-     /skipped: / { print "  " name ": " $0; if (!/^test .*ignored/) within++; next }
+     /skipped: / { print "  " (name ? name ": " : "") $0
+                   if (!name) ignored++; else if (!/^test .*ignored/) within++; next }
      /^test result:/ { if ($4 + $6 + $8) print name ": " $0
                        passed += $4 - within; failed += $6; ignored += $8 + within; within = 0 }
      END { printf "test result: %s. %d passed; %d failed; %d ignored, in all\n",
