@@ -1,10 +1,20 @@
 //! The `sockmesh` command.
 
+mod access;
+mod check;
+mod date;
 mod demo;
+mod forward;
+mod helm;
+mod look;
+mod metrics;
+mod pages;
+mod table;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand, ValueEnum};
 
 /// A service mesh without sidecars: eBPF brings pods' connections to one proxy per node.
 #[derive(Debug, Parser)]
@@ -16,13 +26,29 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Check(check::Args),
+    Install(helm::Install),
+    Uninstall(helm::Uninstall),
     /// Shows the whole mesh at work on this machine: two nodes, a web service, a database, failures and their repair.
     Demo(demo::Args),
+}
+
+/// How a document is shown.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people
+    #[default]
+    Table,
+    /// For programs
+    Json,
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
+        Command::Check(args) => with_cluster(check::run(&args)),
+        Command::Install(args) => with_cluster(helm::install(&args)),
+        Command::Uninstall(args) => with_cluster(helm::uninstall(&args)),
     };
     match outcome {
         Ok(code) => code,
@@ -31,4 +57,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs what talks to a cluster. The demo enters namespaces with threads of its own, so it has no runtime around it.
+fn with_cluster(command: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("cannot start: no event loop")?.block_on(command)
 }
