@@ -9,6 +9,7 @@ mod helm;
 mod look;
 mod metrics;
 mod pages;
+mod status;
 mod table;
 
 use std::process::ExitCode;
@@ -27,6 +28,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Check(check::Args),
+    Status(status::Args),
     Install(helm::Install),
     Uninstall(helm::Uninstall),
     /// Shows the whole mesh at work on this machine: two nodes, a web service, a database, failures and their repair.
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
         Command::Check(args) => with_cluster(check::run(&args)),
+        Command::Status(args) => with_cluster(status::run(&args)),
         Command::Install(args) => with_cluster(helm::install(&args)),
         Command::Uninstall(args) => with_cluster(helm::uninstall(&args)),
     };
