@@ -9,6 +9,7 @@ mod helm;
 mod look;
 mod metrics;
 mod pages;
+mod proxy;
 mod status;
 mod table;
 
@@ -29,6 +30,7 @@ struct Cli {
 enum Command {
     Check(check::Args),
     Status(status::Args),
+    Proxy(proxy::Args),
     Install(helm::Install),
     Uninstall(helm::Uninstall),
     /// Shows the whole mesh at work on this machine: two nodes, a web service, a database, failures and their repair.
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Check(args) => with_cluster(check::run(&args)),
         Command::Status(args) => with_cluster(status::run(&args)),
+        Command::Proxy(args) => with_cluster(proxy::run(&args)),
         Command::Install(args) => with_cluster(helm::install(&args)),
         Command::Uninstall(args) => with_cluster(helm::uninstall(&args)),
     };
@@ -66,4 +69,18 @@ fn main() -> ExitCode {
 fn with_cluster(command: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.context("cannot start: no event loop")?.block_on(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_namespace_and_the_output_may_come_before_or_after_the_node() {
+        for words in
+            ["sockmesh proxy certs node1 -n mesh -o json", "sockmesh proxy -n mesh certs -o json node1"]
+        {
+            assert!(Cli::try_parse_from(words.split(' ')).is_ok(), "{words}");
+        }
+    }
 }
