@@ -1,6 +1,7 @@
 //! The `sockmesh` command.
 
 mod access;
+mod ca;
 mod check;
 mod date;
 mod demo;
@@ -31,6 +32,7 @@ enum Command {
     Check(check::Args),
     Status(status::Args),
     Proxy(proxy::Args),
+    Ca(ca::Args),
     Install(helm::Install),
     Uninstall(helm::Uninstall),
     /// Shows the whole mesh at work on this machine: two nodes, a web service, a database, failures and their repair.
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Command::Check(args) => with_cluster(check::run(&args)),
         Command::Status(args) => with_cluster(status::run(&args)),
         Command::Proxy(args) => with_cluster(proxy::run(&args)),
+        Command::Ca(args) => with_cluster(ca::run(&args)),
         Command::Install(args) => with_cluster(helm::install(&args)),
         Command::Uninstall(args) => with_cluster(helm::uninstall(&args)),
     };
