@@ -17,7 +17,8 @@ mod table;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 
 /// A service mesh without sidecars: eBPF brings pods' connections to one proxy per node.
 #[derive(Debug, Parser)]
@@ -37,6 +38,11 @@ enum Command {
     Uninstall(helm::Uninstall),
     /// Shows the whole mesh at work on this machine: two nodes, a web service, a database, failures and their repair.
     Demo(demo::Args),
+    /// Prints what makes a shell complete this command: `source <(sockmesh completions bash)`
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
 }
 
 /// How a document is shown.
@@ -52,6 +58,10 @@ enum Output {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "sockmesh", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Check(args) => with_cluster(check::run(&args)),
         Command::Status(args) => with_cluster(status::run(&args)),
         Command::Proxy(args) => with_cluster(proxy::run(&args)),
@@ -77,6 +87,11 @@ fn with_cluster(command: impl Future<Output = Result<ExitCode>>) -> Result<ExitC
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn commands_options_and_their_help_go_together() {
+        Cli::command().debug_assert();
+    }
 
     #[test]
     fn the_namespace_and_the_output_may_come_before_or_after_the_node() {
