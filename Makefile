@@ -52,6 +52,7 @@ cluster: images ## a real Kubernetes of two nodes on this machine; ARGS="--nodes
 test-cluster: cluster ## plays the mesh's story on that cluster, from helm install to helm uninstall
 	@e2e/cluster/build-images prometheus
 	@e2e/cluster/up $(ARGS) >/dev/null
+	$(SUDO) charts/test/cluster
 	$(SUDO) e2e/cluster/test $(STEPS)
 
 cluster-down: ## removes that cluster and every trace of it
