@@ -153,6 +153,7 @@ pub(crate) enum Resource {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct Workload {
+    pub(crate) uid: String,
     pub(crate) name: String,
     pub(crate) namespace: String,
     pub(crate) service_account: String,

@@ -144,9 +144,11 @@ impl Status {
             waiting_for.push(format!("controller: {} of {} replicas", controller.ready, controller.replicas));
         }
         let nodes = nodes(cluster, mesh);
-        for node in nodes.iter().filter(|node| !node.ready) {
+        // A node that has lost its controller serves on, and is ready; new pods wait there all the same.
+        for node in nodes.iter().filter(|node| !node.ready || !node.connected) {
             waiting_for.push(match node.problems.first() {
                 Some(problem) => format!("{}: {problem}", node.name),
+                None if node.ready => format!("{}: not connected to a controller", node.name),
                 None => format!("{}: not ready", node.name),
             });
         }
@@ -360,6 +362,14 @@ mod tests {
         let text = status.to_string();
         assert!(text.contains("node1  0.1.0    NO     NO          7     0           no worker\n"), "{text}");
         assert!(text.ends_with("\nNOT READY: controller: 1 of 2 replicas\n"), "{text}");
+    }
+
+    #[test]
+    fn a_node_without_a_controller_is_waited_for_though_it_serves() {
+        let (cluster, mut mesh) = a_mesh(2, vec![an_agent("node1", true), an_agent("node2", true)]);
+        let agents = mesh.agents.as_mut().unwrap();
+        agents[1].vitals.as_mut().unwrap().connected = false;
+        assert_eq!(Status::of(&cluster, &mesh).waiting_for, ["node2: not connected to a controller"]);
     }
 
     #[test]

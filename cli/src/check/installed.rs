@@ -282,8 +282,30 @@ fn agents(cluster: &Cluster, mesh: &Mesh) -> Vec<Finding> {
         let names = mute.iter().map(|(node, _)| (**node).to_owned()).collect();
         add(names, Finding::unread(Group::Agents, "answers", unread));
     }
+    findings.extend(versions(&by_node));
     findings.extend(acknowledgements(&mesh.controllers, by_node.keys().copied().collect()));
     findings
+}
+
+/// Agents of several versions, as during an upgrade.
+fn versions(by_node: &BTreeMap<&str, &Agent>) -> Option<Finding> {
+    let told = by_node
+        .iter()
+        .filter_map(|(node, agent)| Some((*node, agent.vitals.as_ref().ok()?.version.as_str())));
+    let mut nodes_of: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (node, version) in told {
+        nodes_of.entry(version).or_default().push(node);
+    }
+    (nodes_of.len() > 1).then(|| {
+        let nodes = nodes_of.iter().map(|(version, nodes)| format!("{version}: {}", nodes.join(", "))).collect();
+        Finding::warning(
+            Group::Agents,
+            "versions",
+            "agents of several versions run",
+            "normal during an upgrade; `kubectl rollout status daemonset/sockmesh-node` in the mesh's namespace tells whether one is",
+        )
+        .about(nodes)
+    })
 }
 
 /// Why a node's agent is not ready: its own words, or the kubelet's when it has none.

@@ -1,6 +1,6 @@
 //! A node's documents as tables.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
@@ -113,13 +113,21 @@ pub(super) fn workloads(config: &NodeConfig) -> Result<Table> {
 
 /// All services.
 pub(super) fn services(config: &NodeConfig) -> Result<Table> {
+    let enrolled: BTreeSet<&str> = told(config)?
+        .iter()
+        .filter_map(|resource| match resource {
+            Resource::Workload { workload } if workload.enrolled => Some(workload.uid.as_str()),
+            _ => None,
+        })
+        .collect();
     let mut table = Table::new(&["NAMESPACE", "SERVICE", "ADDRESS", "PORTS", "READY", "IN MESH"]);
     for resource in told(config)? {
         let Resource::Service { service: s } = resource else { continue };
         let ports: Vec<String> =
             s.ports.iter().map(|p| format!("{}/{}", p.port, p.protocol.to_lowercase())).collect();
         let ready = s.endpoints.iter().filter(|e| e.ready).count();
-        let known = s.endpoints.iter().filter(|e| e.workload.is_some()).count();
+        let in_mesh = |uid: &String| enrolled.contains(uid.as_str());
+        let inside = s.endpoints.iter().filter(|e| e.workload.as_ref().is_some_and(in_mesh)).count();
         let total = s.endpoints.len();
         table.row([
             s.namespace.clone(),
@@ -127,7 +135,7 @@ pub(super) fn services(config: &NodeConfig) -> Result<Table> {
             if s.vips.is_empty() { "headless".to_owned() } else { addresses(&s.vips) },
             ports.join(","),
             format!("{ready}/{total}"),
-            format!("{known}/{total}"),
+            format!("{inside}/{total}"),
         ]);
     }
     table.sort();
@@ -254,11 +262,11 @@ mod tests {
             "resources": [
                 {"Service": {"name": "web", "namespace": "shop", "vips": ["10.96.0.9", "fd00::9"],
                     "ports": [{"port": 80, "name": "http", "protocol": "Http1"}, {"port": 9, "name": "", "protocol": "Detect"}],
-                    "endpoints": [{"ready": true, "workload": "u1"}, {"ready": false, "workload": null}]}},
+                    "endpoints": [{"ready": true, "workload": "u1"}, {"ready": false, "workload": null}, {"ready": true, "workload": "u9"}]}},
                 {"Service": {"name": "db", "namespace": "shop", "vips": [], "ports": [], "endpoints": []}},
-                {"Workload": {"name": "web-1", "namespace": "shop", "service_account": "web", "node": "node1",
+                {"Workload": {"uid": "u1", "name": "web-1", "namespace": "shop", "service_account": "web", "node": "node1",
                     "addresses": ["10.244.1.5"], "enrolled": true, "tunnel": "Native", "mtls": "Strict", "state": "Ready"}},
-                {"Workload": {"name": "proxy", "namespace": "kube-system", "service_account": "default", "node": "node1",
+                {"Workload": {"uid": "u9", "name": "proxy", "namespace": "kube-system", "service_account": "default", "node": "node1",
                     "addresses": [], "host_network": true, "tunnel": "None", "mtls": "Strict", "state": "NotReady"}},
             ],
             "status": {
@@ -288,12 +296,12 @@ mod tests {
     }
 
     #[test]
-    fn services_say_what_they_speak_and_how_many_endpoints_are_ready_and_known() {
+    fn services_say_what_they_speak_and_how_many_endpoints_are_ready_and_in_the_mesh() {
         assert_eq!(
             services(&a_node()).unwrap().to_string(),
             "NAMESPACE  SERVICE  ADDRESS            PORTS              READY  IN MESH\n\
              shop       db       headless           -                  0/0    0/0\n\
-             shop       web      10.96.0.9,fd00::9  80/http1,9/detect  1/2    1/2\n"
+             shop       web      10.96.0.9,fd00::9  80/http1,9/detect  2/3    1/3\n"
         );
     }
 

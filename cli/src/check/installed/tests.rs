@@ -286,6 +286,15 @@ fn while_an_agent_is_replaced_the_one_that_is_ready_counts() {
 }
 
 #[test]
+fn agents_of_several_versions_are_told_with_their_nodes() {
+    let mut story = Story::new();
+    story.agent(1).vitals = Ok(Vitals { version: "0.2.0".into(), ..well() });
+    let finding = story.only();
+    assert_eq!((finding.check, finding.level), ("versions", Level::Warning));
+    assert_eq!(finding.objects, ["0.1.0: node1", "0.2.0: node2"]);
+}
+
+#[test]
 fn an_agent_whose_port_answers_to_nobody_is_told_with_the_reason() {
     let mut story = Story::new();
     story.agent(0).vitals = Err(Unread::new("forbidden: you may not create pods/portforward", "ask"));
