@@ -1,5 +1,6 @@
 //! The API server, as the kubeconfig leads to it, and what its refusals mean to a person.
 
+use std::error::Error as _;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -73,6 +74,8 @@ impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.namespace {
             Some(namespace) => write!(f, "{} {} in namespace {namespace}", self.verb, self.resource),
+            // Not a resource but a page of the API server's own.
+            None if self.resource.starts_with('/') => write!(f, "{} {}", self.verb, self.resource),
             None => write!(f, "{} {} in the whole cluster", self.verb, self.resource),
         }
     }
@@ -119,7 +122,7 @@ impl Call {
                 "run the program that the kubeconfig names for credentials by hand and see what it says",
             ),
             Error::HyperError(_) | Error::Service(_) => Unread::new(
-                format!("{server} does not answer (to {self}): {}", chain(error)),
+                format!("{server} does not answer (to {self}): {}", chain(error.source().unwrap_or(error))),
                 "is the cluster running, is this the right context (--context, --kubeconfig), and does a proxy \
                  (HTTPS_PROXY, NO_PROXY) stand between?",
             ),
@@ -296,6 +299,7 @@ mod tests {
         assert!(told.message.contains("https://10.0.0.1:6443/ does not answer"), "{}", told.message);
         assert!(told.message.contains("Connection refused"), "{}", told.message);
         assert_eq!(told.message.matches("Connection refused").count(), 1, "{}", told.message);
+        assert!(!told.message.contains("ServiceError"), "{}", told.message);
     }
 
     #[tokio::test]
