@@ -85,11 +85,11 @@ impl Call {
     /// What a failure of this call means.
     pub(crate) fn failed(&self, server: &str, error: &Error) -> Unread {
         let refused = |detail: String| {
+            // To kubectl, what follows a slash is the name of an object.
+            let what = self.resource.replacen('/', " --subresource=", 1);
             let check = match &self.namespace {
-                Some(namespace) => {
-                    format!("kubectl auth can-i {} {} -n {namespace}", self.verb, self.resource)
-                }
-                None => format!("kubectl auth can-i {} {} -A", self.verb, self.resource),
+                Some(namespace) => format!("kubectl auth can-i {} {what} -n {namespace}", self.verb),
+                None => format!("kubectl auth can-i {} {what} -A", self.verb),
             };
             Unread::new(
                 format!("forbidden: you may not {self}{detail}"),
@@ -282,7 +282,11 @@ mod tests {
             told.message,
             "forbidden: you may not create pods/portforward in namespace sockmesh-system"
         );
-        assert!(told.hint.contains("can-i create pods/portforward -n sockmesh-system"), "{}", told.hint);
+        assert!(
+            told.hint.contains("can-i create pods --subresource=portforward -n sockmesh-system"),
+            "{}",
+            told.hint
+        );
     }
 
     #[test]

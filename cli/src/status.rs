@@ -133,14 +133,20 @@ impl Status {
             mesh.controllers.as_ref().err(),
             mesh.agents.as_ref().err(),
         ];
-        waiting_for.extend(unread.into_iter().flatten().map(|unread| unread.message.clone()));
+        for unread in unread.into_iter().flatten() {
+            if !waiting_for.contains(&unread.message) {
+                waiting_for.push(unread.message.clone());
+            }
+        }
         let controller = controller(mesh);
         if matches!(mesh.deployment, Ok(None)) {
             waiting_for.push(format!(
                 "there is no mesh in the namespace {} (`sockmesh install` installs it, --namespace names another)",
                 cluster.namespace
             ));
-        } else if controller.ready < controller.replicas || controller.replicas == 0 {
+        } else if mesh.deployment.is_ok()
+            && (controller.ready < controller.replicas || controller.replicas == 0)
+        {
             waiting_for.push(format!("controller: {} of {} replicas", controller.ready, controller.replicas));
         }
         let nodes = nodes(cluster, mesh);
@@ -152,7 +158,11 @@ impl Status {
                 None => format!("{}: not ready", node.name),
             });
         }
-        if nodes.is_empty() && matches!(mesh.daemonset, Ok(Some(_))) {
+        if nodes.is_empty()
+            && cluster.nodes.is_ok()
+            && mesh.agents.is_ok()
+            && matches!(mesh.daemonset, Ok(Some(_)))
+        {
             waiting_for.push("the DaemonSet sockmesh-node is meant for no node".to_owned());
         }
         Self { ready: waiting_for.is_empty(), waiting_for, controller, ca: ca(cluster, mesh), nodes }
@@ -382,13 +392,11 @@ mod tests {
     }
 
     #[test]
-    fn what_may_not_be_read_is_never_ready() {
+    fn what_may_not_be_read_is_never_ready_and_said_once() {
         let (cluster, mut mesh) = a_mesh(2, vec![]);
-        mesh.agents = Err(Unread::new("forbidden: you may not list pods", "ask"));
+        let unread = || Unread::new("forbidden: you may not list pods", "ask");
+        (mesh.agents, mesh.controllers, mesh.deployment) = (Err(unread()), Err(unread()), Err(unread()));
         let status = Status::of(&cluster, &mesh);
-        assert_eq!(
-            status.waiting_for,
-            ["forbidden: you may not list pods", "the DaemonSet sockmesh-node is meant for no node"]
-        );
+        assert_eq!(status.waiting_for, ["forbidden: you may not list pods"]);
     }
 }

@@ -384,12 +384,13 @@ fn pods(mesh: &Mesh) -> Vec<Finding> {
         );
         problems.extend(status.problems.iter().map(|problem| format!("{node}: {problem}")));
     }
-    if mesh.agents.is_ok() {
-        let what = if enrolled == 0 {
-            "no pod is enrolled; `kubectl label namespace NAME sockmesh.io/mesh=enabled` opts one in"
-                .to_owned()
-        } else {
-            format!("{enrolled} pods are enrolled on {} nodes", by_node.len())
+    // Of nodes that do not answer nothing is known, which is not the same as no pods.
+    let answering = by_node.values().filter(|agent| agent.vitals.is_ok()).count();
+    if answering > 0 {
+        let what = match enrolled {
+            0 => "no pod is enrolled; `kubectl label namespace NAME sockmesh.io/mesh=enabled` opts one in"
+                .to_owned(),
+            _ => format!("{enrolled} pods are enrolled on {answering} nodes"),
         };
         findings.push(Finding::ok(Group::Pods, "enrolled", what));
     }

@@ -301,6 +301,9 @@ fn an_agent_whose_port_answers_to_nobody_is_told_with_the_reason() {
     let finding = story.only();
     assert_eq!((finding.check, finding.hint.as_deref()), ("answers", Some("ask")));
     assert_eq!(finding.objects, ["node1"]);
+    assert!(story.report().to_string().contains("3 pods are enrolled on 1 nodes"), "{}", story.report());
+    story.agent(1).vitals = Err(Unread::new("forbidden", "ask"));
+    assert!(!story.report().to_string().contains("enrolled"), "{}", story.report());
 }
 
 #[test]
