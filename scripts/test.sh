@@ -40,11 +40,12 @@ lint() {
     cargo clippy --release --locked --workspace --all-targets -- "${deny[@]}"
 }
 
-# Leaves out what tests that passed have printed, except why they skipped.
+# Leaves out what tests that passed have printed, except why they skipped. The runner shows it between two lines
+# "successes:", of which the second heads a list of names.
 without_successes() {
-    awk '/^successes:$/ { quiet = 1 }
-         /^(failures:$|test result:)/ { quiet = 0 }
-         !quiet || /skipped: / { print; fflush() }'
+    awk '/^successes:$/ { part++; next }
+         part == 2 && /^(failures:$|test result:)/ { part = 0 }
+         !part || /^skipped: / { print; fflush() }'
 }
 
 # Tests that need root are run as root, by the runner that cargo starts test programs with; building is not.
