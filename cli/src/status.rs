@@ -23,14 +23,29 @@ pub(crate) struct Args {
     /// Wait until controller and nodes are ready
     #[arg(long)]
     wait: bool,
-    /// How long to wait, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, requires = "wait")]
-    timeout: u64,
+    /// How long to wait: seconds, or with a unit as in 90s, 5m
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = time, requires = "wait")]
+    timeout: Duration,
     /// How to show it
     #[arg(long, short, value_enum, default_value_t)]
     output: Output,
     #[command(flatten)]
     target: Target,
+}
+
+/// A length of time as kubectl and Helm take it, without their fractions and sums.
+fn time(text: &str) -> Result<Duration, String> {
+    let (number, unit) = match text.strip_suffix(['s', 'm', 'h']) {
+        Some(number) => (number, &text[number.len()..]),
+        None => (text, "s"),
+    };
+    let factor = match unit {
+        "m" => 60,
+        "h" => 3600,
+        _ => 1,
+    };
+    let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a time such as 90, 90s or 5m"))?;
+    number.checked_mul(factor).map(Duration::from_secs).ok_or_else(|| format!("{text} is too long"))
 }
 
 /// What is shown.
@@ -95,7 +110,7 @@ pub(crate) async fn run(args: &Args) -> Result<ExitCode> {
             return Err(unread.clone().into());
         }
         let status = Status::of(&cluster, &mesh);
-        if status.ready || !args.wait || began.elapsed() >= Duration::from_secs(args.timeout) {
+        if status.ready || !args.wait || began.elapsed() >= args.timeout {
             break status;
         }
         if said != status.waiting_for {
@@ -115,7 +130,7 @@ pub(crate) async fn run(args: &Args) -> Result<ExitCode> {
     if args.wait && !status.ready {
         eprintln!(
             "error: not ready after {} s: {}\n  hint: `sockmesh check` says what to do",
-            args.timeout,
+            args.timeout.as_secs(),
             one_line(&status.waiting_for.join("; "))
         );
     }
@@ -291,6 +306,16 @@ mod tests {
     use super::*;
     use crate::access::Unread;
     use crate::pages::{NodeStatus, Vitals};
+
+    #[test]
+    fn a_time_is_taken_as_kubectl_and_helm_take_it() {
+        for (text, seconds) in [("90", 90), ("90s", 90), ("5m", 300), ("2h", 7200)] {
+            assert_eq!(time(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for bad in ["", "s", "soon", "-1", "1d", "1.5m", "99999999999999999999h"] {
+            time(bad).expect_err(bad);
+        }
+    }
 
     fn object<T: serde::de::DeserializeOwned>(json: serde_json::Value) -> T {
         serde_json::from_value(json).unwrap()
