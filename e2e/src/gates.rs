@@ -12,11 +12,16 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ops::{Bound, RangeBounds};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use testbed::metrics::Sample;
 use testbed::totals::Totals;
-use testbed::{Mesh, Node};
+use testbed::{Mesh, Node, wait};
+
+/// How long what was announced may take to be counted: a node counts a connection or request once it has ended it, which its
+/// client may know first.
+const LATE: Duration = Duration::from_secs(10);
 
 /// Branches of the redirection on which traffic is refused, or passed without the mesh because something is missing.
 const REFUSING: &[&str] =
@@ -84,15 +89,29 @@ impl Gates {
         self.totals.borrow_mut().look(node)
     }
 
-    /// All gates on counters; what is wrong with any of them is in the error.
-    pub(crate) fn counters(&self, mesh: &Mesh) -> Result<()> {
+    fn counted(&self, mesh: &Mesh) -> Result<Counted> {
         for node in mesh.nodes() {
             // A scenario may end with a node that does not run any more.
             if !node.mesh_pids()?.is_empty() && !self.look(node)? {
                 bail!("cannot read the metrics of {}", node.name());
             }
         }
-        let counted = Counted::of(self.totals.borrow().each());
+        Ok(Counted::of(self.totals.borrow().each()))
+    }
+
+    /// Whether something was counted less often than it was announced.
+    fn is_short(&self, counted: &Counted) -> bool {
+        self.announced.borrow().iter().any(|a| counted.of_kind(a.kind, &a.name) < a.least)
+    }
+
+    /// All gates on counters; what is wrong with any of them is in the error.
+    pub(crate) fn counters(&self, mesh: &Mesh) -> Result<()> {
+        let end = Instant::now() + LATE;
+        let mut counted = self.counted(mesh)?;
+        while self.is_short(&counted) && Instant::now() < end {
+            wait::pause(Duration::from_millis(50))?;
+            counted = self.counted(mesh)?;
+        }
         let mut wrong = self.wrongly_announced(&counted);
         for (direction, silent) in [("connect", &self.sends_nothing), ("inbound", &self.receives_nothing)] {
             let of = |counted: &BTreeMap<_, u64>| counted.get(direction).copied().unwrap_or_default();
@@ -122,7 +141,7 @@ impl Gates {
             }
         }
         for a in announced.iter() {
-            let n = counted.times.get(&(a.kind, a.name.clone())).copied().unwrap_or_default();
+            let n = counted.of_kind(a.kind, &a.name);
             if n < a.least || n > a.most {
                 let most = if a.most == u64::MAX { "any number".to_owned() } else { a.most.to_string() };
                 wrong.push(format!(
@@ -174,6 +193,10 @@ impl Counted {
             }
         }
         counted
+    }
+
+    fn of_kind(&self, kind: Kind, name: &str) -> u64 {
+        self.times.get(&(kind, name.to_owned())).copied().unwrap_or_default()
     }
 }
 

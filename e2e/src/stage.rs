@@ -10,13 +10,17 @@
 use std::cell::RefCell;
 use std::net::IpAddr;
 use std::ops::RangeBounds;
+use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use serde_json::json;
-use testbed::{Mesh, Node, Pod, PodSpec};
+use testbed::{Mesh, Node, Pod, PodSpec, wait};
 
 use crate::Outcome;
 use crate::gates::{Gates, Kind, is_of_mesh};
+
+/// How long a count may take.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// A mesh with two nodes and four pods.
 #[derive(Debug)]
@@ -114,6 +118,20 @@ impl Stage {
     /// When its metrics cannot be read.
     pub fn branch(&self, node: u8, branch: &str) -> Result<f64> {
         Ok(self.mesh.node(node).metrics()?.sum("sockmesh_redirect_total", &[("branch", branch)]))
+    }
+
+    /// What a node counts in all samples of a metric with these labels, once that is `least` or more: it counts how a
+    /// request or connection ended when it has ended it, which the pods may know first.
+    ///
+    /// # Errors
+    /// When it counts less for long.
+    pub fn counted(&self, node: u8, metric: &str, labels: &[(&str, &str)], least: f64) -> Result<f64> {
+        let mut last = 0.0;
+        let reached = wait::until(metric, LIMIT, || {
+            last = self.mesh.node(node).metrics()?.sum(metric, labels);
+            Ok((last >= least).then_some(last))
+        });
+        reached.with_context(|| format!("node {node} counts {last} instead of {least} in {metric}{labels:?}"))
     }
 
     /// Announces refusals of this kind, and how often: a reason (`PLAIN`) or a branch of the redirection, on all nodes

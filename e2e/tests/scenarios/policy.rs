@@ -118,7 +118,7 @@ pub(crate) fn two_pods_of_one_node_shake_hands_where_that_is_asked_for() -> Resu
                     ("destination_principal", destination.as_str()),
                     ("connection_security_policy", "mutual_tls"),
                 ];
-                let requests = metrics.sum("istio_requests_total", &labels);
+                let requests = stage.counted(1, "istio_requests_total", &labels, 2.0)?;
                 let connections = metrics.sum("istio_tcp_connections_opened_total", &labels);
                 ensure!(
                     requests == 2.0 && connections == 2.0,
@@ -181,12 +181,10 @@ pub(crate) fn a_stricter_policy_ends_the_plain_connections_that_it_forbids() -> 
             let so_far = goes_on.log()?.lines().count();
             line(goes_on, "asked", so_far + 3)?;
         }
-        for node in stage.mesh.nodes() {
-            let refused = node.metrics()?.sum("sockmesh_refused_total", &[("reason", "PLAIN")]);
-            ensure!(refused >= 2.0, "{} counted {refused} ends", node.name());
+        for node in [1, 2] {
+            stage.counted(node, "sockmesh_refused_total", &[("reason", "PLAIN")], 2.0)?;
             let labels = [("reporter", "destination"), ("response_flags", "PLAIN")];
-            let closed = node.metrics()?.sum("istio_tcp_connections_closed_total", &labels);
-            ensure!(closed >= 2.0, "{} closed {closed} connections for PLAIN", node.name());
+            stage.counted(node, "istio_tcp_connections_closed_total", &labels, 2.0)?;
         }
         Ok(())
     })

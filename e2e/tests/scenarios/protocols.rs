@@ -149,7 +149,7 @@ pub(crate) fn grpc_of_all_four_kinds_works_with_its_trailers() -> Result<Outcome
         }
         let labels =
             [("reporter", "destination"), ("request_protocol", "grpc"), ("grpc_response_status", "5")];
-        let failed = stage.mesh.node(2).metrics()?.sum("istio_requests_total", &labels);
+        let failed = stage.counted(2, "istio_requests_total", &labels, 3.0)?;
         ensure!(failed == 3.0, "{failed} answers with status 5 (NOT_FOUND) were counted, not 3");
         let plain = capture.finish()?.canary_bytes(CANARY);
         ensure!(plain == 0, "{plain} bytes of plain text");

@@ -67,7 +67,7 @@ pub(crate) fn pods_of_a_headless_service_are_reached_by_their_own_addresses_unde
         }
         let labels =
             [("reporter", "source"), ("destination_service_name", "direct"), ("response_code", "200")];
-        let counted = stage.mesh.node(1).metrics()?.sum("istio_requests_total", &labels);
+        let counted = stage.counted(1, "istio_requests_total", &labels, 16.0)?;
         ensure!(counted == 16.0, "{counted} requests of 16 bear the service's name");
         Ok(())
     })

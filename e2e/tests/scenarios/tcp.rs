@@ -172,10 +172,8 @@ pub(crate) fn an_application_that_refuses_on_another_node_is_replaced_by_one_tha
             let end = talk::call(&stage.client, behaviour, silent[0], 7102)?;
             ensure!(end["error"] == "ConnectionResetError", "{behaviour} with nobody there: {end}");
         }
-        let node = stage.mesh.node(1);
         let labels = [("reporter", "source"), ("response_flags", "UF")];
-        let closed = node.metrics()?.sum("istio_tcp_connections_closed_total", &labels);
-        ensure!(closed >= 2.0, "{closed} connections were closed for UF");
+        stage.counted(1, "istio_tcp_connections_closed_total", &labels, 2.0)?;
         let logs = stage.mesh.logs()?;
         let said = |log: &str| log.contains("the application refused the connection");
         ensure!(
