@@ -131,6 +131,23 @@ fn workload(uid: &str) -> Resource {
     Resource { version: format!("version of {uid}"), resource, name }
 }
 
+#[tokio::test]
+async fn a_controller_that_takes_the_connection_and_says_nothing_is_given_up() {
+    let now = time::OffsetDateTime::now_utc();
+    let root = ca::Authority::make_root("cluster.local", Duration::from_secs(3600), now).unwrap();
+    // The kernel takes it into the backlog, as that of a machine that is about to lose power.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = ControllerEndpoint {
+        address: listener.local_addr().unwrap().to_string(),
+        server_name: "controller".to_owned(),
+        roots_pem: root.certificate_pem,
+        identity: None,
+    };
+    let connected = tokio::time::timeout(PATIENCE, endpoint.connect()).await.expect("it waits for ever");
+    let error = connected.expect_err("nobody is there").to_string();
+    assert!(error.contains(&endpoint.address), "{error}");
+}
+
 /// A workload whose mode only a later version of the mesh knows.
 fn of_the_future(uid: &str) -> Resource {
     let mut resource = workload(uid);

@@ -3,12 +3,30 @@
 use std::fmt;
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 /// Longest time for TCP and TLS to the controller.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A controller that answers no HTTP/2 ping for this long is gone; also the interval of the pings.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// Pause before another attempt is made beside those that have not come to anything yet. The address is usually a
+/// Service's, each connection to which may lead to another replica, and one whose machine is gone stays among them for
+/// most of a minute.
+const NEXT_ATTEMPT: Duration = Duration::from_secs(1);
+
+/// The outcome of the attempt that ends first, of one and another after each pause.
+async fn first_to_end<T, E, F: Future<Output = Result<T, E>>>(attempt: impl Fn() -> F) -> Result<T, E> {
+    let mut attempts = FuturesUnordered::new();
+    loop {
+        attempts.push(attempt());
+        if let Ok(Some(ended)) = tokio::time::timeout(NEXT_ATTEMPT, attempts.next()).await {
+            return ended;
+        }
+    }
+}
 
 /// A node's client certificate and its key.
 #[derive(Clone)]
@@ -81,16 +99,56 @@ impl ControllerEndpoint {
         if let Some(identity) = &self.identity {
             tls = tls.identity(Identity::from_pem(&identity.chain_pem, &identity.key_pem));
         }
-        Endpoint::from_shared(format!("https://{}", self.address))
+        let endpoint = Endpoint::from_shared(format!("https://{}", self.address))
             .and_then(|e| e.tls_config(tls))
             .map_err(fail)?
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE)
             .keep_alive_while_idle(true)
-            .tcp_nodelay(true)
-            .connect()
-            .await
-            .map_err(fail)
+            .tcp_nodelay(true);
+        // Tonic's own limit is for TCP alone: a machine that loses power in the middle of the handshake says nothing more.
+        match tokio::time::timeout(CONNECT_TIMEOUT, first_to_end(|| endpoint.connect())).await {
+            Ok(connected) => connected.map_err(fail),
+            Err(_) => Err(ConnectError {
+                address: self.address.clone(),
+                server_name: self.server_name.clone(),
+                reason: format!("no connection within {CONNECT_TIMEOUT:?}"),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_attempt_that_comes_to_nothing_is_joined_by_others_until_one_ends() {
+        let made = Cell::new(0);
+        let attempt = || {
+            made.set(made.get() + 1);
+            let number = made.get();
+            async move {
+                if number < 3 {
+                    std::future::pending::<()>().await;
+                }
+                Ok::<_, ()>(number)
+            }
+        };
+        assert_eq!(first_to_end(attempt).await, Ok(3));
+        assert_eq!(made.get(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_attempt_that_takes_its_time_is_not_given_up_for_a_later_one() {
+        let began = tokio::time::Instant::now();
+        let attempt = || async {
+            tokio::time::sleep(NEXT_ATTEMPT * 3).await;
+            Err::<(), _>(began.elapsed())
+        };
+        assert_eq!(first_to_end(attempt).await, Err(NEXT_ATTEMPT * 3));
     }
 }
