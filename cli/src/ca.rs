@@ -45,7 +45,7 @@ enum What {
         #[arg(long, short, value_enum, default_value_t)]
         output: Output,
     },
-    /// Has the controller replace its root, while everybody keeps talking; takes about a third of pods' certificate life
+    /// Has the controller replace its root, while everybody keeps talking; takes a few minutes
     Rotate {
         /// Wait until the last root is gone and say how far it is; may be interrupted, the controller goes on
         #[arg(long)]

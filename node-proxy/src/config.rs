@@ -113,6 +113,8 @@ settings! {
     pub struct CertificateSettings {
         /// Age at which a certificate is replaced; 0 means a third of its life, with jitter.
         renew_after: Duration = Duration::ZERO, "duration, 0 = a third of the life", Duration::ZERO => secs(90 * 24 * 3600);
+        /// Over how long certificates of a root that no longer signs are replaced, each at a moment of its own by chance; 0 means at once. A rotation of the root ends no sooner.
+        new_root_spread: Duration = secs(180), "duration, 0 = at once", Duration::ZERO => DAY;
         /// Longest pause between two attempts to get a certificate.
         retry_max: Duration = secs(30), "duration", millis(100) => secs(3600);
     }

@@ -1,7 +1,7 @@
 //! The pods' certificates: had from the controller for keys that keyd makes, and renewed in time.
 //!
-//! For each pod one task: wait until the certificate is due or its key is gone (keyd died), make a key, have it signed,
-//! hand it to the worker, and drop the old key when no handshake can use it any more. A failure leaves the old
+//! For each pod one task: wait until the certificate is due, its root no longer signs ([`super::issuer`]) or its key is gone
+//! (keyd died), make a key, have it signed, hand it to the worker, and drop the old key when no handshake can use it any more. A failure leaves the old
 //! certificate in force and is tried again with growing pauses.
 
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use anyhow::Context;
 
 use super::Agent;
 use super::disk::CertificateRecord;
+use super::issuer::Early;
 use super::keyd::KeydClient;
 use crate::config::CertificateSettings;
 
@@ -63,13 +64,20 @@ impl HeldCertificate {
 /// Keeps a pod's certificate young; ends only when aborted.
 pub(super) async fn keep(agent: Arc<Agent>, uid: String) {
     let mut keyds = agent.keyd.clone();
+    let mut roots = agent.issuer.subscribe();
+    let mut early = Early::default();
     let mut failures: u32 = 0;
     loop {
         let Ok(keyd) = keyds.wait_for(Option::is_some).await.map(|keyd| keyd.clone()) else { return };
         let Some(keyd) = keyd else { continue };
         let held = agent.state.lock().pods.get(uid.as_str()).and_then(|pod| pod.certificate.clone());
+        let root = roots.borrow_and_update().clone();
         let wait = match &held {
-            Some(held) if keyd.has_key(&held.record.key_id) => held.renew_at - now(),
+            Some(held) if keyd.has_key(&held.record.key_id) => {
+                let spread = agent.config.certificates.new_root_spread;
+                let early = early.due(root, &held.record.key_id, || held.record.chain(), spread);
+                early.map_or(held.renew_at, |early| early.min(held.renew_at)) - now()
+            }
             _ => 0,
         };
         let pause = if let Ok(seconds @ 1..) = u64::try_from(wait) {
@@ -94,8 +102,12 @@ pub(super) async fn keep(agent: Arc<Agent>, uid: String) {
                 }
             }
         };
-        // Another keyd means that the key is gone; its error shows as a client that has no such key.
-        let _ = tokio::time::timeout(pause, keyds.changed()).await;
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            // Another keyd means that the key is gone; the end of all shows as a client that has no such key.
+            _ = keyds.changed() => {}
+            Ok(()) = roots.changed() => {}
+        }
     }
 }
 

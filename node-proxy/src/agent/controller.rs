@@ -1,8 +1,8 @@
 //! The agent's dealings with the controller: the node's own identity, the delta stream, certificates for pods.
 //!
 //! States: no identity → registered (token traded for a client certificate, kept on disk) → streaming. The node's
-//! certificate is renewed at a third of its life, and asked for anew when the controller has been refusing or away for a
-//! while: it may have another CA now. The files of the token and of the controller's roots are replaced by others at will:
+//! certificate is renewed at a third of its life or when its root no longer signs ([`super::issuer`]), and asked for anew
+//! when the controller has been refusing or away for a while: it may have another CA now. The files of the token and of the controller's roots are replaced by others at will:
 //! the token is read at each use, the roots are taken over when they change. Whatever fails here leaves the last good state
 //! in force.
 
@@ -19,11 +19,14 @@ use mesh_api::proto::mesh::certificate_service_client::CertificateServiceClient;
 use mesh_api::proto::mesh::node_service_client::NodeServiceClient;
 use mesh_api::proto::mesh::{IssueRequest, IssueResponse, RegisterRequest};
 use parking_lot::Mutex;
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
 use super::Agent;
 use super::certificates::{CertificateError, now};
+use super::issuer::Early;
 use super::mesh::Changes;
 use super::worker::ConfigureError;
 use crate::config::ControllerSettings;
@@ -87,6 +90,13 @@ struct NodeIdentity {
     roots: String,
     /// Seconds since the epoch.
     renew_at: i64,
+}
+
+impl NodeIdentity {
+    /// The certificate and those above it.
+    fn certificates(&self) -> Vec<CertificateDer<'static>> {
+        CertificateDer::pem_slice_iter(self.chain.as_bytes()).filter_map(Result::ok).collect()
+    }
 }
 
 fn to_pem(certificates: &[Bytes]) -> String {
@@ -264,6 +274,7 @@ pub(super) async fn keep_identity(agent: Arc<Agent>) {
     };
     // What the endpoint was made of; the file is replaced when a root is.
     let mut roots = None;
+    let mut early = Early::default();
     let mut failures: u32 = 0;
     let mut unconnected = Duration::ZERO;
     loop {
@@ -281,7 +292,11 @@ pub(super) async fn keep_identity(agent: Arc<Agent>) {
         if controller.status.lock().connected {
             unconnected = Duration::ZERO;
         }
-        let renew_at = identity.as_ref().map_or(0, |identity| identity.renew_at);
+        let renew_at = identity.as_ref().map_or(0, |identity| {
+            let spread = agent.config.certificates.new_root_spread;
+            let early = early.due(agent.issuer.root(), &identity.chain, || identity.certificates(), spread);
+            early.map_or(identity.renew_at, |early| early.min(identity.renew_at))
+        });
         if now() < renew_at && unconnected < SUSPECT_IDENTITY {
             tokio::time::sleep(Duration::from_secs(1)).await;
             unconnected += Duration::from_secs(1);

@@ -24,6 +24,7 @@ use mesh_api::codec::{RESOURCE_TYPES, content_version};
 use mesh_api::model::Resource;
 use parking_lot::Mutex;
 use prost::Message;
+use rustls_pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 use sockmesh_cni::Knowledge;
 
@@ -72,6 +73,13 @@ pub(super) struct CertificateRecord {
     pub(super) issued: i64,
     /// Seconds since the epoch.
     pub(super) not_after: i64,
+}
+
+impl CertificateRecord {
+    /// The certificate and those above it.
+    pub(super) fn chain(&self) -> Vec<CertificateDer<'_>> {
+        self.chain.iter().map(|der| CertificateDer::from(&der[..])).collect()
+    }
 }
 
 /// How writing goes.

@@ -3,7 +3,8 @@
 //!
 //! * [`controller`] receives the mesh's state, [`mesh`] keeps it, [`disk`] keeps it over restarts;
 //! * [`reconcile`] sees what is to be done and [`discover`] finds a pod that is to be enrolled;
-//! * [`pods`] enrols pods: sockets from [`netns`], certificates from [`certificates`], capture from `redirect-bpf`;
+//! * [`pods`] enrols pods: sockets from [`netns`], certificates from [`certificates`] (sooner when [`issuer`] is another
+//!   one), capture from `redirect-bpf`;
 //! * [`cni`] has new pods enrolled before their first instruction;
 //! * [`worker`] and [`keyd`] keep the two processes below alive ([`process`]) and talk to them;
 //! * [`requests`] answers the command line, [`admin`] answers operators ([`metrics`], [`status`]);
@@ -23,6 +24,7 @@ mod cni;
 mod controller;
 mod discover;
 mod disk;
+mod issuer;
 mod keyd;
 mod mesh;
 mod metrics;
@@ -111,6 +113,7 @@ struct Agent {
     changed: watch::Sender<()>,
     keyd: watch::Receiver<Option<Arc<KeydClient>>>,
     controller: Controller,
+    issuer: issuer::Issuer,
     counters: Counters,
     /// Asks the agent to end, with everything below it.
     stop: tokio::sync::Notify,
@@ -249,6 +252,7 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
     let agent = Arc::new(Agent {
         netns: NetnsThread::start(&config.worker.timeouts).context("cannot start the namespace thread")?,
         controller: Controller::new(config.controller.clone()),
+        issuer: issuer::Issuer::default(),
         disk,
         redirect: Mutex::new(redirect),
         opened,
@@ -283,6 +287,7 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
         AbortOnDrop(tokio::spawn(controller::keep_identity(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(controller::receive(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(certificates::drop_strays(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(issuer::follow(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(pods::follow(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(reconcile::keep(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(cni::follow(Arc::clone(&agent)))),
