@@ -22,6 +22,7 @@ use parking_lot::Mutex;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use super::Agent;
@@ -262,6 +263,13 @@ fn stored_identity(agent: &Agent) -> anyhow::Result<Option<NodeIdentity>> {
     Ok(Some(NodeIdentity { key, chain, roots: String::new(), renew_at: from + (until - from) / 3 }))
 }
 
+/// Keeps the node's identity for the next agent; when to try again if that fails.
+fn write_down(agent: &Agent, identity: &NodeIdentity) -> Option<Instant> {
+    let error = agent.disk.save_node_identity(&identity.key, &identity.chain).err()?;
+    tracing::warn!(%error, "the next agent would have to register again");
+    Some(Instant::now() + agent.config.node.reconcile)
+}
+
 /// Keeps the node's identity; ends only when aborted.
 pub(super) async fn keep_identity(agent: Arc<Agent>) {
     let controller = &agent.controller;
@@ -275,6 +283,8 @@ pub(super) async fn keep_identity(agent: Arc<Agent>) {
     // What the endpoint was made of; the file is replaced when a root is.
     let mut roots = None;
     let mut early = Early::default();
+    // When it is written to disk again, where that failed.
+    let mut write_at = None;
     let mut failures: u32 = 0;
     let mut unconnected = Duration::ZERO;
     loop {
@@ -288,6 +298,11 @@ pub(super) async fn keep_identity(agent: Arc<Agent>) {
                     "the controller's CA cannot be read; what was read before stays in force"
                 ),
             }
+        }
+        if let Some(identity) = &identity
+            && write_at.is_some_and(|at| at <= Instant::now())
+        {
+            write_at = write_down(&agent, identity);
         }
         if controller.status.lock().connected {
             unconnected = Duration::ZERO;
@@ -306,9 +321,7 @@ pub(super) async fn keep_identity(agent: Arc<Agent>) {
         match registered.and_then(|identity| controller.adopt_identity(&identity).map(|()| identity)) {
             Ok(new) => {
                 tracing::info!(renew_at = new.renew_at, "the node has a certificate");
-                if let Err(error) = agent.disk.save_node_identity(&new.key, &new.chain) {
-                    tracing::warn!(%error, "the next agent will have to register again");
-                }
+                write_at = write_down(&agent, &new);
                 (identity, failures, unconnected) = (Some(new), 0, Duration::ZERO);
                 *controller.channel.lock().await = None;
             }
