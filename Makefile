@@ -49,11 +49,8 @@ cluster: images ## a real Kubernetes of two nodes on this machine; ARGS="--nodes
 	@e2e/cluster/build-images
 	@e2e/cluster/up $(ARGS)
 
-test-cluster: cluster ## plays the mesh's story on that cluster, from helm install to helm uninstall
-	@e2e/cluster/build-images prometheus
-	@e2e/cluster/up $(ARGS) >/dev/null
-	$(SUDO) charts/test/cluster
-	$(SUDO) e2e/cluster/test $(STEPS)
+test-cluster: build images ## plays the mesh's story on such a cluster and takes it down; KEEP=1, STEPS="agents race", RACE=500, AWAY=600
+	@ARGS='$(ARGS)' scripts/test-cluster.sh $(STEPS)
 
 cluster-down: ## removes that cluster and every trace of it
 	@e2e/cluster/down

@@ -40,7 +40,8 @@ packages_cluster=(
     "openssl            keys and certificates of the control plane"
     "curl               asks whether the API server is ready"
     "jq                 reads its answers"
-    "python3            puts images together"
+    "python3            puts images together, plays the story"
+    "tcpdump            looks for plain text between the nodes"
     "gcc                compiles the pods' first process"
     "libc6-dev          its headers"
 )

@@ -73,6 +73,20 @@ kubernetes_programs() {
     echo "skipped: building an API server and Helm: $why" | tee -a "$output"
 }
 
+# The least of what the mesh has to do on a real Kubernetes, with a cluster of its own. Where there can be none it is skipped.
+cluster_story() {
+    local why='' outcome=0
+    echo "     Running e2e/cluster/test --fast"
+    if why=$(e2e/cluster/fit); then
+        images/build && SOCKMESH_CLUSTER=ci scripts/test-cluster.sh --fast || outcome=$?
+        if [ "$outcome" != 3 ]; then
+            return "$outcome"
+        fi
+        why="no cluster on this computer, see above"
+    fi
+    printf 'test all ... ignored, skipped: %s\ntest result: ok. 0 passed; 0 failed; 1 ignored\n' "$why"
+}
+
 logged() { "$@" 2>&1 | tee -a "$output"; }
 
 must "tools and programs" scripts/install-deps.sh build run check
@@ -87,6 +101,7 @@ stage "Helm chart" logged charts/test/run
 # Both stages select the whole workspace, or crates would be built again with other features of what they depend on.
 stage "unit and integration tests" run_tests --workspace -- --include-ignored --skip scenarios::
 stage "scenarios" run_tests --workspace --test scenarios -- --include-ignored --test-threads 1
+stage "Kubernetes" logged cluster_story
 
 printf '\n=== summary\n'
 awk '/^ *Running / { sub(/^ *Running (unittests )?/, ""); sub(/ \(.*/, ""); name = $0; next }
