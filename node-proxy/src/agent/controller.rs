@@ -2,19 +2,19 @@
 //!
 //! States: no identity → registered (token traded for a client certificate, kept on disk) → streaming. The node's
 //! certificate is renewed at a third of its life or when its root no longer signs ([`super::issuer`]), and asked for anew
-//! when the controller has been refusing or away for a while: it may have another CA now. The files of the token and of the controller's roots are replaced by others at will:
-//! the token is read at each use, the roots are taken over when they change. Whatever fails here leaves the last good state
-//! in force.
+//! when the controller has been refusing or away for a while: it may have another CA now. The files of the token and of the
+//! controller's roots are replaced by others at will: the token is read at each use, the roots are taken over when they
+//! change, as are those that the controller told of. Whatever fails here leaves the last good state in force.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use bytes::Bytes;
 use mesh_api::client::{
     Backoff, ClientIdentity, ControllerEndpoint, DeltaClient, DeltaClientConfig, DeltaUpdate, StreamStatus,
 };
+use mesh_api::model::Trust;
 use mesh_api::proto::mesh::certificate_service_client::CertificateServiceClient;
 use mesh_api::proto::mesh::node_service_client::NodeServiceClient;
 use mesh_api::proto::mesh::{IssueRequest, IssueResponse, RegisterRequest};
@@ -79,6 +79,8 @@ pub(super) struct Controller {
     settings: ControllerSettings,
     status: Mutex<Status>,
     endpoint: watch::Sender<Option<ControllerEndpoint>>,
+    /// Roots that the controller told of, PEM.
+    told_roots: Mutex<String>,
     /// Kept between calls; dropped when one fails.
     channel: tokio::sync::Mutex<Option<Channel>>,
 }
@@ -100,8 +102,8 @@ impl NodeIdentity {
     }
 }
 
-fn to_pem(certificates: &[Bytes]) -> String {
-    certificates.iter().map(|der| pem::encode(&pem::Pem::new("CERTIFICATE", &der[..]))).collect()
+fn to_pem(certificates: &[impl AsRef<[u8]>]) -> String {
+    certificates.iter().map(|der| pem::encode(&pem::Pem::new("CERTIFICATE", der.as_ref()))).collect()
 }
 
 fn one_line(status: &tonic::Status) -> anyhow::Error {
@@ -118,6 +120,7 @@ impl Controller {
             settings,
             status: Mutex::default(),
             endpoint: watch::Sender::new(None),
+            told_roots: Mutex::default(),
             channel: tokio::sync::Mutex::default(),
         }
     }
@@ -147,8 +150,16 @@ impl Controller {
         })
     }
 
-    /// Whether the file of the controller's roots has another text than `seen`, which it is then; `None` when not, an error
-    /// once when it cannot be read.
+    /// Takes over which roots the controller told of. The one that signs for the controller itself is among them, and the
+    /// file of its roots may be a minute behind: that is how long the kubelet takes to bring a ConfigMap up to date.
+    fn learn_roots(&self, trust: Option<&Trust>) {
+        if let Some(trust) = trust {
+            *self.told_roots.lock() = to_pem(&trust.roots);
+        }
+    }
+
+    /// Whether the controller's roots, those in the file and those that it told of, have another text than `seen`, which it
+    /// is then; `None` when not, an error once when the file cannot be read.
     fn changed_roots(&self, seen: &mut Option<Result<String, String>>) -> Option<anyhow::Result<()>> {
         let now = self.roots().map_err(|error| format!("{error:#}"));
         if seen.as_ref() == Some(&now) {
@@ -160,7 +171,10 @@ impl Controller {
     }
 
     fn roots(&self) -> anyhow::Result<String> {
-        read_text(&self.settings.ca_file, "the controller's CA (controller.ca_file)")
+        let mut roots = read_text(&self.settings.ca_file, "the controller's CA (controller.ca_file)")?;
+        roots.push('\n');
+        roots.push_str(&self.told_roots.lock());
+        Ok(roots)
     }
 
     /// Trades the token for a client certificate. The file of the token is read each time: who wrote it replaces it before
@@ -288,6 +302,8 @@ pub(super) async fn keep_identity(agent: Arc<Agent>) {
     let mut failures: u32 = 0;
     let mut unconnected = Duration::ZERO;
     loop {
+        let trust = agent.state.lock().mesh.trust().cloned();
+        controller.learn_roots(trust.as_deref());
         if let Some(identity) = &identity
             && let Some(changed) = controller.changed_roots(&mut roots)
         {
@@ -513,6 +529,12 @@ mod tests {
             assert!(look(&controller).is_none(), "nothing changed");
             assert!(controller.endpoint_with(None, "").unwrap().roots_pem.starts_with(text));
         }
+        let told = Trust { roots: vec![Arc::from([1, 2, 3])], ..Trust::default() };
+        controller.learn_roots(Some(&told));
+        look(&controller).unwrap().unwrap();
+        assert!(controller.endpoint_with(None, "").unwrap().roots_pem.contains(&to_pem(&told.roots)));
+        controller.learn_roots(None);
+        assert!(look(&controller).is_none(), "nothing is unlearnt");
         // As the kubelet does it: another file in its place.
         let other = dir.path().join("other");
         std::fs::write(&other, "third").unwrap();
