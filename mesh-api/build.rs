@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "envoy/service/discovery/v3/discovery.proto",
             "sockmesh/v1/resources.proto",
             "sockmesh/v1/certificates.proto",
+            "sockmesh/v1/nodes.proto",
         ],
         ["proto"],
     )?;

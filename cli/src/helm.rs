@@ -1,5 +1,8 @@
-//! `sockmesh install` and `uninstall`: Helm with the mesh's chart. Whatever Helm can do, it is asked to do; here is only what
+//! `sockmesh install` and `uninstall`: Helm with the mesh's charts. Whatever Helm can do, it is asked to do; here is only what
 //! has to be the case around it.
+//!
+//! The mesh's own kinds of objects are a chart and a release of their own, installed first and removed on demand only: with
+//! a kind, all objects of it go.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,7 +10,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 use k8s_openapi::api::core::v1::Namespace;
-use kube::api::PostParams;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{DeleteParams, PostParams};
 use kube::{Api, ResourceExt};
 use serde_json::json;
 use tokio::process::Command;
@@ -16,9 +20,12 @@ use crate::access::{Access, Call, Read, Target, Unread};
 use crate::check;
 use crate::check::before::POD_SECURITY;
 use crate::check::installed::MESH_LABEL;
+use crate::check::kinds::MESH_NODES;
 
 /// Name of the release; the names of the chart's objects do not depend on it.
 const RELEASE: &str = "sockmesh";
+/// Name of the release of the kinds.
+const KINDS_RELEASE: &str = "sockmesh-crds";
 /// Where the chart is in the mesh's repository.
 const CHART: &str = "charts/sockmesh";
 
@@ -28,6 +35,12 @@ pub(crate) struct Install {
     /// The chart: a directory, an archive, or a reference that Helm understands; by default charts/sockmesh of the repository
     #[arg(long, value_name = "CHART")]
     chart: Option<String>,
+    /// The chart with the mesh's own kinds of objects; by default sockmesh-crds where the other chart is
+    #[arg(long, value_name = "CHART")]
+    crds_chart: Option<String>,
+    /// Leave the kinds alone: somebody else installs them, or nobody, and then nodes have no status and no tunnels
+    #[arg(long, conflicts_with = "crds_chart")]
+    skip_crds: bool,
     /// A value, as Helm takes it: image.registry=registry.example.com/mesh
     #[arg(long, value_name = "NAME=VALUE")]
     set: Vec<String>,
@@ -50,6 +63,9 @@ pub(crate) struct Install {
 /// Removes the mesh, with every trace on the nodes, with Helm.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Uninstall {
+    /// Remove the mesh's own kinds of objects, too, with every object of them
+    #[arg(long)]
+    crds: bool,
     #[command(flatten)]
     target: Target,
     /// Further arguments for `helm uninstall`
@@ -129,6 +145,23 @@ fn installing(args: &Install, chart: &Path) -> Vec<String> {
     arguments
 }
 
+/// The chart of the kinds beside the mesh's: a directory, an archive or a reference, with the same ending.
+fn kinds_chart(chart: &str) -> Result<String> {
+    let chart = chart.trim_end_matches('/');
+    let (place, name) = chart.rsplit_once('/').map_or(("", chart), |(place, name)| (place, name));
+    let ending = name.strip_prefix(RELEASE).with_context(|| {
+        format!("no chart of the mesh's own kinds is known beside {chart}\n  hint: name it with --crds-chart, or give --skip-crds")
+    })?;
+    let slash = if place.is_empty() { "" } else { "/" };
+    Ok(format!("{place}{slash}{KINDS_RELEASE}{ending}"))
+}
+
+fn installing_kinds(args: &Install, chart: &str) -> Vec<String> {
+    let mut arguments: Vec<String> = ["upgrade", "--install", KINDS_RELEASE, chart].map(str::to_owned).into();
+    arguments.extend(cluster(&args.target));
+    arguments
+}
+
 fn uninstalling(args: &Uninstall) -> Vec<String> {
     let mut arguments: Vec<String> = ["uninstall", RELEASE].map(str::to_owned).into();
     arguments.extend(cluster(&args.target));
@@ -164,6 +197,19 @@ pub(crate) async fn install(args: &Install) -> Result<ExitCode> {
         }
     }
     make_namespace(&access, namespace).await?;
+    if !args.skip_crds {
+        let kinds = match &args.crds_chart {
+            Some(chart) => chart.clone(),
+            None => kinds_chart(&chart.display().to_string())?,
+        };
+        let code = helm(&installing_kinds(args, &kinds)).await?;
+        if code != ExitCode::SUCCESS {
+            eprintln!(
+                "the mesh's own kinds are not installed, and so the mesh is not; --skip-crds installs it without them"
+            );
+            return Ok(code);
+        }
+    }
     let code = helm(&installing(args, &chart)).await?;
     if code == ExitCode::SUCCESS {
         eprintln!("`sockmesh status --wait` waits until it is ready, `sockmesh check` looks at everything");
@@ -202,7 +248,28 @@ pub(crate) async fn uninstall(args: &Uninstall) -> Result<ExitCode> {
             names.join(", ")
         );
     }
-    helm(&uninstalling(args)).await
+    let code = helm(&uninstalling(args)).await?;
+    if code != ExitCode::SUCCESS || !args.crds {
+        return Ok(code);
+    }
+    remove_kinds(args, &access).await
+}
+
+/// Helm only forgets the release, for the definitions say that it is to keep them.
+async fn remove_kinds(args: &Uninstall, access: &Access) -> Result<ExitCode> {
+    let mut arguments: Vec<String> =
+        ["uninstall", KINDS_RELEASE, "--ignore-not-found"].map(str::to_owned).into();
+    arguments.extend(cluster(&args.target));
+    let code = helm(&arguments).await?;
+    let api: Api<CustomResourceDefinition> = Api::all(access.client.clone());
+    let call =
+        Call { verb: "delete", resource: "customresourcedefinitions.apiextensions.k8s.io", namespace: None };
+    match api.delete(MESH_NODES, &DeleteParams::default()).await {
+        Ok(_) => eprintln!("{MESH_NODES} is removed"),
+        Err(kube::Error::Api(status)) if status.code == 404 => {}
+        Err(error) => return Err(call.failed(&access.server, &error).into()),
+    }
+    Ok(code)
 }
 
 #[cfg(test)]
@@ -229,10 +296,30 @@ mod tests {
     }
 
     #[test]
+    fn the_chart_of_the_kinds_is_beside_the_other_one_and_takes_no_values() {
+        for (chart, kinds) in [
+            ("charts/sockmesh", "charts/sockmesh-crds"),
+            ("/a/charts/sockmesh/", "/a/charts/sockmesh-crds"),
+            ("sockmesh-0.1.0.tgz", "sockmesh-crds-0.1.0.tgz"),
+            ("oci://registry.example.com/mesh/sockmesh", "oci://registry.example.com/mesh/sockmesh-crds"),
+        ] {
+            assert_eq!(kinds_chart(chart).unwrap(), kinds);
+        }
+        let error = kinds_chart("charts/other").unwrap_err().to_string();
+        assert!(error.contains("--crds-chart") && error.contains("--skip-crds"), "{error}");
+        let words = "x --set a=1 -f one.yaml --wait -n mesh -- --timeout 9m";
+        let args = Cli::try_parse_from(words.split(' ')).unwrap().install;
+        assert_eq!(
+            installing_kinds(&args, "charts/sockmesh-crds").join(" "),
+            "upgrade --install sockmesh-crds charts/sockmesh-crds --namespace mesh"
+        );
+    }
+
+    #[test]
     fn uninstalling_names_release_and_cluster() {
         let target =
             Target { kubeconfig: Some("/k".into()), context: None, namespace: "sockmesh-system".into() };
-        let args = Uninstall { target, further: vec!["--debug".into()] };
+        let args = Uninstall { crds: false, target, further: vec!["--debug".into()] };
         assert_eq!(
             uninstalling(&args).join(" "),
             "uninstall sockmesh --namespace sockmesh-system --kubeconfig /k --debug"

@@ -12,17 +12,24 @@ use ipnet::IpNet;
 use prost::Message;
 
 use crate::model::{
-    AppProtocol, Endpoint, Exclusions, MtlsMode, Resource, SERVICE_TYPE, Service, ServicePort, TRUST_TYPE,
-    Trust, TunnelProtocol, WORKLOAD_TYPE, Workload, WorkloadState,
+    AppProtocol, Endpoint, Exclusions, MtlsMode, NODE_TUNNEL_TYPE, Resource, SERVICE_TYPE, Service,
+    ServicePort, TRUST_TYPE, Trust, TunnelProtocol, WORKLOAD_TYPE, Workload, WorkloadState,
 };
 use crate::proto::mesh as pb;
+
+mod tunnel;
+
+pub use tunnel::{TunnelKeyError, tunnel_keys_from_wire, tunnel_keys_to_wire};
 
 /// Name of the one [`Trust`] resource.
 pub const TRUST_NAME: &str = "trust";
 
-/// Every type URL of the delta stream, in the order in which a node needs them: whom to trust, who exists, what leads
-/// to whom.
-pub const RESOURCE_TYPES: [&str; 3] = [TRUST_TYPE, WORKLOAD_TYPE, SERVICE_TYPE];
+/// Type URL of the detail that a NACK may have: which resources of the response it is about.
+pub const REJECTION_TYPE: &str = "type.googleapis.com/sockmesh.v1.Rejection";
+
+/// Every type URL of the delta stream, in the order in which a node needs them: whom to trust, how nodes are reached, who
+/// exists, what leads to whom.
+pub const RESOURCE_TYPES: [&str; 4] = [TRUST_TYPE, NODE_TUNNEL_TYPE, WORKLOAD_TYPE, SERVICE_TYPE];
 
 /// Why a resource from the stream cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -62,6 +69,7 @@ impl Resource {
             Self::Workload(_) => WORKLOAD_TYPE,
             Self::Service(_) => SERVICE_TYPE,
             Self::Trust(_) => TRUST_TYPE,
+            Self::NodeTunnel(_) => NODE_TUNNEL_TYPE,
         }
     }
 
@@ -72,6 +80,7 @@ impl Resource {
             Self::Workload(w) => w.uid.to_string(),
             Self::Service(s) => s.key(),
             Self::Trust(_) => TRUST_NAME.to_owned(),
+            Self::NodeTunnel(t) => t.node.to_string(),
         }
     }
 
@@ -82,6 +91,7 @@ impl Resource {
             Self::Workload(w) => workload_to_wire(w).encode_to_vec(),
             Self::Service(s) => service_to_wire(s).encode_to_vec(),
             Self::Trust(t) => trust_to_wire(t).encode_to_vec(),
+            Self::NodeTunnel(t) => tunnel::tunnel_to_wire(t).encode_to_vec(),
         };
         (self.type_url(), self.name(), bytes)
     }
@@ -109,6 +119,10 @@ impl Resource {
             TRUST_TYPE => {
                 Self::Trust(trust_from_wire(pb::Trust::decode(bytes).map_err(not_protobuf)?).map_err(fail)?)
             }
+            NODE_TUNNEL_TYPE => Self::NodeTunnel(
+                tunnel::tunnel_from_wire(pb::NodeTunnel::decode(bytes).map_err(not_protobuf)?)
+                    .map_err(fail)?,
+            ),
             _ => {
                 return Err(fail(FieldError::new(
                     "resource",

@@ -1,7 +1,7 @@
 //! What a node knows of the mesh: workloads, services and trust.
 //!
-//! A node receives every [`Workload`] and [`Service`] and one [`Trust`], as resources of a delta stream, and keeps them
-//! in maps keyed by [`Workload::uid`] and [`Service::key`].
+//! A node receives every [`Workload`], [`Service`] and [`NodeTunnel`] and one [`Trust`], as resources of a delta stream, and
+//! keeps them in maps keyed by [`Workload::uid`], [`Service::key`] and [`NodeTunnel::node`].
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -206,6 +206,34 @@ pub struct Trust {
     pub denied_pods: Vec<Arc<str>>,
 }
 
+/// Public keys that one node may have at a time: one, two while it rotates, and what a crash in the middle of that leaves.
+pub const MAX_TUNNEL_KEYS: usize = 4;
+
+/// One public key of a node's tunnel. All keys of a node stand for the same pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TunnelKey {
+    /// Counts up with each key that the node makes; unique among its keys.
+    pub generation: u64,
+    /// X25519.
+    pub public_key: [u8; 32],
+    /// UDP ports where a peer whose own key has an even (0) or odd (1) generation finds this key.
+    pub ports: [u16; 2],
+}
+
+/// How the tunnel of a node is reached, and what is behind it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NodeTunnel {
+    /// Name of the node.
+    pub node: Arc<str>,
+    /// The node's own addresses (`InternalIP`); one at least.
+    pub addresses: Vec<IpAddr>,
+    /// Where its pods are: its pod ranges, or the single addresses of its pods where the CNI does not use ranges. They
+    /// neither overlap nor contain an address of the node; a longer prefix of another node counts before a shorter one.
+    pub pod_ranges: Vec<IpNet>,
+    /// Live keys, one to [`MAX_TUNNEL_KEYS`].
+    pub keys: Vec<TunnelKey>,
+}
+
 /// A resource of the delta stream.
 #[allow(
     clippy::large_enum_variant,
@@ -219,6 +247,8 @@ pub enum Resource {
     Service(Service),
     /// Type URL [`TRUST_TYPE`], named `trust`.
     Trust(Trust),
+    /// Type URL [`NODE_TUNNEL_TYPE`], named as the node.
+    NodeTunnel(NodeTunnel),
 }
 
 /// Type URL of [`Workload`] resources.
@@ -227,3 +257,5 @@ pub const WORKLOAD_TYPE: &str = "type.googleapis.com/sockmesh.v1.Workload";
 pub const SERVICE_TYPE: &str = "type.googleapis.com/sockmesh.v1.Service";
 /// Type URL of the [`Trust`] resource.
 pub const TRUST_TYPE: &str = "type.googleapis.com/sockmesh.v1.Trust";
+/// Type URL of [`NodeTunnel`] resources.
+pub const NODE_TUNNEL_TYPE: &str = "type.googleapis.com/sockmesh.v1.NodeTunnel";

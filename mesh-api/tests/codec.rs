@@ -5,10 +5,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use mesh_api::codec::content_version;
+use mesh_api::codec::{content_version, tunnel_keys_from_wire, tunnel_keys_to_wire};
 use mesh_api::model::{
-    AppProtocol, Endpoint, Exclusions, MtlsMode, Resource, SERVICE_TYPE, Service, ServicePort, TRUST_TYPE,
-    Trust, TunnelProtocol, WORKLOAD_TYPE, Workload, WorkloadState,
+    AppProtocol, Endpoint, Exclusions, MAX_TUNNEL_KEYS, MtlsMode, NODE_TUNNEL_TYPE, NodeTunnel, Resource,
+    SERVICE_TYPE, Service, ServicePort, TRUST_TYPE, Trust, TunnelKey, TunnelProtocol, WORKLOAD_TYPE,
+    Workload, WorkloadState,
 };
 use mesh_api::proto::mesh as pb;
 use proptest::collection::vec;
@@ -134,8 +135,37 @@ fn trust() -> impl Strategy<Value = Trust> {
     )
 }
 
+fn tunnel_keys() -> impl Strategy<Value = Vec<TunnelKey>> {
+    let key = |(generation, (byte, ports)): (u64, (u8, (u16, u16)))| {
+        let mut public_key = [byte; 32];
+        public_key[..8].copy_from_slice(&generation.to_be_bytes());
+        public_key[31] = 1;
+        TunnelKey { generation, public_key, ports: [ports.0, ports.1] }
+    };
+    proptest::collection::btree_map(any::<u64>(), (any::<u8>(), (port(), port())), 1..=MAX_TUNNEL_KEYS)
+        .prop_map(move |keys| keys.into_iter().map(key).collect())
+}
+
+fn tunnel() -> impl Strategy<Value = NodeTunnel> {
+    // Ranges apart from each other and from the addresses.
+    let range = |third: u8| IpNet::new(IpAddr::from([10, 1, third, 0]), 24).unwrap();
+    let address = any::<(u8, bool)>().prop_map(|(last, four)| match four {
+        true => IpAddr::from([192, 0, 2, last]),
+        false => IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(last)]),
+    });
+    (name(), vec(address, 1..3), proptest::collection::btree_set(any::<u8>(), 0..5), tunnel_keys()).prop_map(
+        move |(node, addresses, ranges, keys)| NodeTunnel {
+            node,
+            addresses,
+            pod_ranges: ranges.into_iter().map(range).collect(),
+            keys,
+        },
+    )
+}
+
 fn resource() -> impl Strategy<Value = Resource> {
     prop_oneof![
+        tunnel().prop_map(Resource::NodeTunnel),
         workload().prop_map(Resource::Workload),
         service().prop_map(Resource::Service),
         trust().prop_map(Resource::Trust),
@@ -153,7 +183,7 @@ proptest! {
     #[test]
     fn no_bytes_make_the_decoder_panic(
         bytes in vec(any::<u8>(), 0..200),
-        type_url in prop_oneof![Just(WORKLOAD_TYPE), Just(SERVICE_TYPE), Just(TRUST_TYPE), Just("x")],
+        type_url in prop_oneof![Just(WORKLOAD_TYPE), Just(SERVICE_TYPE), Just(TRUST_TYPE), Just(NODE_TUNNEL_TYPE), Just("x")],
     ) {
         let _ = Resource::decode(type_url, "n", &bytes);
     }
@@ -167,6 +197,110 @@ proptest! {
             bytes[i] ^= 1 << bit;
             let _ = Resource::decode(type_url, &name, &bytes);
         }
+    }
+}
+
+proptest! {
+    #[test]
+    fn keys_are_taken_as_they_were_sent_or_refused_by_field(
+        keys in vec((any::<u64>(), vec(any::<u8>(), 0..40), any::<(u32, u32)>()), 0..7),
+        good in tunnel_keys(),
+    ) {
+        let wire = tunnel_keys_to_wire(&good);
+        prop_assert_eq!(tunnel_keys_from_wire(&wire), Ok(good));
+        let odd: Vec<pb::TunnelKey> = keys
+            .into_iter()
+            .map(|(generation, key, (even_port, odd_port))| pb::TunnelKey {
+                generation, public_key: key.into(), even_port, odd_port,
+            })
+            .collect();
+        match tunnel_keys_from_wire(&odd) {
+            Ok(taken) => prop_assert_eq!(tunnel_keys_to_wire(&taken), odd),
+            Err(error) => prop_assert!(error.field.starts_with("keys")),
+        }
+    }
+
+    #[test]
+    fn what_is_decoded_of_a_tunnel_keeps_what_the_model_promises(
+        resource in tunnel().prop_map(Resource::NodeTunnel),
+        at in any::<prop::sample::Index>(),
+        byte in any::<u8>(),
+    ) {
+        let (type_url, name, mut bytes) = resource.encode();
+        let at = at.index(bytes.len());
+        bytes[at] = byte;
+        if let Ok(Resource::NodeTunnel(t)) = Resource::decode(type_url, &name, &bytes) {
+            prop_assert!(!t.addresses.is_empty() && (1..=MAX_TUNNEL_KEYS).contains(&t.keys.len()));
+            prop_assert!(t.keys.iter().all(|k| k.public_key != [0; 32] && !k.ports.contains(&0)));
+            for (i, range) in t.pod_ranges.iter().enumerate() {
+                prop_assert_eq!(range.trunc(), *range);
+                prop_assert!(!t.addresses.iter().any(|a| range.contains(a)));
+                prop_assert!(!t.pod_ranges[..i].iter().any(|o| o.contains(range) || range.contains(o)));
+            }
+        }
+    }
+}
+
+fn good_tunnel() -> pb::NodeTunnel {
+    let key = |generation: u64, byte: u8| pb::TunnelKey {
+        generation,
+        public_key: vec![byte; 32].into(),
+        even_port: 51871,
+        odd_port: 51872,
+    };
+    pb::NodeTunnel {
+        node: "n1".into(),
+        addresses: vec![vec![192, 0, 2, 1].into()],
+        pod_ranges: vec![cidr_of([10, 1, 1, 0], 24), cidr_of([10, 1, 2, 0], 24)],
+        keys: vec![key(1, 1), key(2, 2)],
+    }
+}
+
+fn cidr_of(address: [u8; 4], prefix_len: u32) -> pb::Cidr {
+    pb::Cidr { address: address.to_vec().into(), prefix_len }
+}
+
+fn tunnel_error(change: impl FnOnce(&mut pb::NodeTunnel)) -> String {
+    let mut tunnel = good_tunnel();
+    assert!(Resource::decode(NODE_TUNNEL_TYPE, "n1", &tunnel.encode_to_vec()).is_ok());
+    change(&mut tunnel);
+    Resource::decode(NODE_TUNNEL_TYPE, "n1", &tunnel.encode_to_vec()).unwrap_err().to_string()
+}
+
+#[test]
+fn every_field_of_a_tunnel_is_checked_and_named() {
+    for (error, expected) in [
+        (tunnel_error(|t| t.addresses.clear()), "\"n1\": addresses: a node without an address"),
+        (
+            tunnel_error(|t| t.addresses[0] = vec![1].into()),
+            "addresses[0]: an address has 4 or 16 bytes, not 1",
+        ),
+        (tunnel_error(|t| t.keys.clear()), "keys: a tunnel without a key is none"),
+        (
+            tunnel_error(|t| t.keys[1].public_key = vec![1; 31].into()),
+            "keys[1].public_key: a key has 32 bytes, not 31",
+        ),
+        (tunnel_error(|t| t.keys[1].public_key = vec![0; 32].into()), "keys[1].public_key: is all zeros"),
+        (tunnel_error(|t| t.keys[1].public_key = vec![1; 32].into()), "keys[1].public_key: is there already"),
+        (tunnel_error(|t| t.keys[1].generation = 1), "keys[1].generation: 1 is there already"),
+        (tunnel_error(|t| t.keys[0].even_port = 0), "keys[0].even_port: 0 is not a port"),
+        (tunnel_error(|t| t.keys[0].odd_port = 65536), "keys[0].odd_port: 65536 is not a port"),
+        (tunnel_error(|t| t.keys = vec![t.keys[0].clone(); 5]), "keys: 5 keys; a node has at most 4"),
+        (
+            tunnel_error(|t| t.pod_ranges[0] = cidr_of([10, 1, 1, 7], 24)),
+            "pod_ranges[0]: 10.1.1.7/24 has bits beyond",
+        ),
+        (
+            tunnel_error(|t| t.pod_ranges[1] = cidr_of([10, 1, 0, 0], 16)),
+            "pod_ranges[1]: 10.1.0.0/16 and 10.1.1.0/24 overlap",
+        ),
+        (
+            tunnel_error(|t| t.pod_ranges[1] = cidr_of([192, 0, 2, 0], 24)),
+            "contains the node's own address 192.0.2.1",
+        ),
+        (tunnel_error(|t| t.pod_ranges[1].prefix_len = 33), "pod_ranges[1].prefix_len: 33 is too long"),
+    ] {
+        assert!(error.contains(expected), "{error:?} does not say {expected:?}");
     }
 }
 

@@ -4,18 +4,23 @@
 //! with it. The API server tells of one object after the other: its source calls [`Cluster::update`] with what changed. The
 //! streams and the certificate service read. No lock is held across anything that waits.
 
+mod nodes;
+
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use ca::{Authority, Serial};
 use mesh_api::codec::{TRUST_NAME, content_version};
 use mesh_api::model::{Resource, TRUST_TYPE, Trust};
+pub use nodes::{KeyStore, KeysRefused};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use serde::Serialize;
 use time::OffsetDateTime;
+use tokio::sync::mpsc;
 
+use crate::announce::Announcement;
 use crate::certificates::ledger::Ledger;
 use crate::certificates::shared::{SharedLedger, node_name, root_mark};
 use crate::index::object::{Invalid, Kind, Object, ObjectKey};
@@ -104,6 +109,9 @@ pub struct Cluster {
     told_trust: Mutex<Option<ToldTrust>>,
     /// The deny list changed, and nodes have not been told yet.
     denials_due: AtomicBool,
+    key_store: RwLock<KeyStore>,
+    /// Where announcements are taken, if anywhere.
+    announcements: OnceLock<mpsc::Sender<Announcement>>,
 }
 
 /// What nodes were told last of whom to trust.
@@ -150,6 +158,8 @@ impl Cluster {
             loaded: AtomicBool::new(false),
             told_trust: Mutex::new(None),
             denials_due: AtomicBool::new(false),
+            key_store: RwLock::default(),
+            announcements: OnceLock::new(),
         }
     }
 
@@ -264,7 +274,7 @@ impl Cluster {
     }
 
     fn all_listed(&self) -> bool {
-        self.source.read().listed.len() == Kind::ALL.len()
+        self.source.read().listed.len() == Kind::ALL.len() && self.key_store() != KeyStore::Unread
     }
 
     /// Takes a whole state in and tells the nodes what changed.
@@ -289,6 +299,7 @@ impl Cluster {
     fn tell(&self, delta: Delta, heard: Option<Instant>) {
         let first = !self.loaded();
         report(&delta);
+        self.announce_changes(&delta);
         let mut denied = false;
         for uid in &delta.revoked {
             denied |= self.ledger.revoke(uid);
@@ -413,12 +424,18 @@ impl Cluster {
     /// The mark of the roots that nodes are told to trust, and the nodes with an open stream that acknowledged them.
     #[must_use]
     pub fn acknowledged_roots(&self) -> Option<(String, BTreeSet<String>)> {
-        let (mark, since) = self.told_trust.lock().as_ref().map(|told| (told.mark.clone(), told.since))?;
+        let (mark, since) = self.told_roots()?;
         let nodes = self.nodes.snapshot().into_iter().filter(|(_, status)| {
             let trust = status.types.get(TRUST_TYPE);
             status.streams > 0 && trust.is_some_and(|t| t.acknowledged >= since && t.last_nack.is_none())
         });
         Some((mark, nodes.map(|(name, _)| name).collect()))
+    }
+
+    /// The mark of the roots that nodes are told to trust, and the change since which they are.
+    #[must_use]
+    pub fn told_roots(&self) -> Option<(String, u64)> {
+        self.told_trust.lock().as_ref().map(|told| (told.mark.clone(), told.since))
     }
 
     fn publish_trust(&self) {

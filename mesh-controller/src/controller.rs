@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use mesh_api::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use mesh_api::proto::mesh::certificate_service_server::CertificateServiceServer;
+use mesh_api::proto::mesh::node_report_service_server::NodeReportServiceServer;
 use mesh_api::proto::mesh::node_service_server::NodeServiceServer;
 use time::OffsetDateTime;
 use tokio::net::TcpListener;
@@ -26,6 +27,7 @@ use crate::cluster::{Cluster, TrustAnchor};
 use crate::config::Config;
 use crate::index::IndexConfig;
 use crate::metrics::Metrics;
+use crate::nodes::service::NodeReports;
 use crate::source::manifests;
 use crate::source::watch::Watch;
 use crate::xds::server::Discovery;
@@ -305,6 +307,7 @@ async fn serve(
         .add_service(AggregatedDiscoveryServiceServer::new(discovery).max_decoding_message_size(MAX_REQUEST))
         .add_service(NodeServiceServer::new(certificates.clone()))
         .add_service(CertificateServiceServer::new(certificates))
+        .add_service(NodeReportServiceServer::new(NodeReports { cluster }))
         .serve_with_incoming_shutdown(ReceiverStream::new(connections), stopping.cancelled_owned())
         .await
         .context("the endpoint for nodes failed")

@@ -10,6 +10,7 @@
 //! [`tools`] are small jobs besides.
 
 pub mod admin;
+pub mod announce;
 pub mod authority;
 pub mod certificates;
 pub mod cluster;
@@ -18,6 +19,7 @@ pub mod controller;
 pub mod index;
 pub mod kubernetes;
 pub mod metrics;
+pub mod nodes;
 pub mod source;
 pub mod tls;
 pub mod tools;

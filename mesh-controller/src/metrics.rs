@@ -32,7 +32,7 @@ pub struct OfKind {
 /// Labels: which kind of certificate, and why not.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Refused {
-    /// `workload` or `node`.
+    /// `workload`, `node`, or `tunnel` for its keys.
     pub kind: &'static str,
     /// One of a closed set.
     pub reason: &'static str,
@@ -50,6 +50,13 @@ pub struct OfObject {
 pub struct Why {
     /// One of a closed set.
     pub reason: &'static str,
+}
+
+/// Labels: what came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Outcome {
+    /// One of a closed set.
+    pub outcome: &'static str,
 }
 
 /// Labels: what was asked of the API server, and what came of it.
@@ -114,6 +121,10 @@ pub struct Metrics {
     pub leader: Gauge,
     /// Pods whose certificates nodes must not accept, whatever their serial.
     pub denied_pods: Gauge,
+    announcements: Family<Outcome, Counter>,
+    object_writes: Family<Outcome, Counter>,
+    /// MeshNode objects that are not yet what they should be.
+    pub object_writes_due: Gauge,
 }
 
 impl Default for Metrics {
@@ -201,6 +212,21 @@ impl Default for Metrics {
                 &mut r,
                 "denied_pods",
                 "Pods that are gone and whose certificates nodes must not accept",
+            ),
+            announcements: register(
+                &mut r,
+                "events",
+                "Kubernetes Events: made, repeated (said before), dropped (too many), failed",
+            ),
+            object_writes: register(
+                &mut r,
+                "meshnode_writes",
+                "Writes of MeshNode objects and their status: done, conflict, failed",
+            ),
+            object_writes_due: register(
+                &mut r,
+                "meshnode_writes_due",
+                "MeshNode objects that wait to be written; they take turns",
             ),
             registry: Registry::default(),
         };
@@ -293,6 +319,14 @@ impl Metrics {
         for (reason, count) in counts {
             self.uncovered.get_or_create(&Why { reason }).set(count);
         }
+    }
+
+    pub(crate) fn announced(&self, outcome: &'static str) {
+        self.announcements.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    pub(crate) fn object_written(&self, outcome: &'static str) {
+        self.object_writes.get_or_create(&Outcome { outcome }).inc();
     }
 
     pub(crate) fn issued(&self, kind: &'static str) {

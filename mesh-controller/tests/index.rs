@@ -11,7 +11,7 @@ use mesh_api::model::{
 };
 use mesh_controller::index::coverage::{Asked, OtherMesh};
 use mesh_controller::index::object::{
-    EndpointSlice, Kind, NamedPort, Namespace, Object, ObjectKey, Phase, Pod, PodReference,
+    EndpointSlice, Kind, NamedPort, Namespace, Node, Object, ObjectKey, Phase, Pod, PodReference,
     Service as ServiceObject, ServicePort, SliceEndpoint, TargetPort,
 };
 use mesh_controller::index::{Delta, Index, IndexConfig};
@@ -458,7 +458,13 @@ fn objects_one_by_one_and_all_at_once_give_the_same() {
 fn nodes_and_service_accounts_are_checked_only_where_there_are_any() {
     let mut index = index();
     assert!(index.has_node("n1") && index.has_service_account("a", "web"));
-    commit(&mut index, [Object::Node("n2".into()), Object::ServiceAccount("a".into(), "web".into())]);
+    commit(
+        &mut index,
+        [
+            Object::Node(Node { name: "n2".into(), ..Node::default() }),
+            Object::ServiceAccount("a".into(), "web".into()),
+        ],
+    );
     assert!(!index.has_node("n1") && index.has_node("n2"));
     assert!(index.has_service_account("a", "web") && index.has_service_account("b", "default"));
     assert!(!index.has_service_account("b", "web"));

@@ -2,6 +2,7 @@
 
 pub(crate) mod before;
 pub(crate) mod installed;
+pub(crate) mod kinds;
 pub(crate) mod report;
 
 use std::process::ExitCode;
@@ -34,9 +35,10 @@ pub(crate) struct Args {
     target: Target,
 }
 
-/// Rights that `helm install` of the chart takes: verb, group, resource, whether for the whole cluster.
-const INSTALLING: [(&str, &str, &str, bool); 13] = [
+/// Rights that `helm install` of both charts takes: verb, group, resource, whether for the whole cluster.
+const INSTALLING: [(&str, &str, &str, bool); 14] = [
     ("create", "", "namespaces", true),
+    ("create", "apiextensions.k8s.io", "customresourcedefinitions", true),
     ("create", "rbac.authorization.k8s.io", "clusterroles", true),
     ("create", "rbac.authorization.k8s.io", "clusterrolebindings", true),
     ("create", "rbac.authorization.k8s.io", "roles", false),
@@ -61,6 +63,9 @@ pub(crate) async fn run(args: &Args) -> Result<ExitCode> {
     if !args.pre && cluster.version.is_ok() {
         let mesh = look::at_mesh(&access, namespace, Depth::Whole).await;
         findings.extend(installed::mesh(&cluster, &mesh));
+        if matches!(mesh.daemonset, Ok(Some(_))) {
+            findings.push(kinds::look(&access).await);
+        }
     }
     let report = Report::new(findings);
     match args.output {

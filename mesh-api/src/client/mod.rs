@@ -8,9 +8,12 @@
 //! every type a response without `more` was accepted. After a loss the client comes back with the versions of all that it
 //! knows, so that only differences are sent, and it forgets nothing: a resource goes when the controller says so by name
 //! and in no other way. A controller that is away, empty because it just started, or unreadable deletes nothing.
+//!
+//! What the node tells of itself, it tells through a [`Reporter`], over the same connection.
 
 mod backoff;
 mod endpoint;
+mod reporter;
 mod stream;
 
 use std::fmt;
@@ -20,6 +23,7 @@ use tokio::task::JoinHandle;
 
 pub use backoff::Backoff;
 pub use endpoint::{ClientIdentity, ConnectError, ControllerEndpoint};
+pub use reporter::{Registration, Reporter};
 
 use crate::codec::DecodeError;
 use crate::model::Resource;
@@ -143,6 +147,7 @@ pub struct StreamStatus {
 pub struct DeltaClient {
     updates: mpsc::Receiver<DeltaUpdate>,
     status: watch::Receiver<StreamStatus>,
+    reporter: Reporter,
     task: JoinHandle<()>,
 }
 
@@ -155,10 +160,28 @@ impl DeltaClient {
         endpoint: watch::Receiver<ControllerEndpoint>,
         known: Vec<KnownVersion>,
     ) -> Self {
+        Self::start_with(config, endpoint, known, Reporter::default())
+    }
+
+    /// The same, for a node whose parts have the reporter already.
+    #[must_use]
+    pub fn start_with(
+        config: DeltaClientConfig,
+        endpoint: watch::Receiver<ControllerEndpoint>,
+        known: Vec<KnownVersion>,
+        reporter: Reporter,
+    ) -> Self {
         let (update_tx, updates) = mpsc::channel(UPDATE_QUEUE);
         let (status_tx, status) = watch::channel(StreamStatus::default());
-        let task = tokio::spawn(stream::Client::new(config, endpoint, known, update_tx, status_tx).run());
-        Self { updates, status, task }
+        let client = stream::Client::new(config, endpoint, known, update_tx, status_tx, reporter.clone());
+        let task = tokio::spawn(client.run());
+        Self { updates, status, reporter, task }
+    }
+
+    /// Where to put what the controller shall know of this node.
+    #[must_use]
+    pub fn reporter(&self) -> Reporter {
+        self.reporter.clone()
     }
 
     /// The next update; waits for as long as there is none. Safe to drop and call again.

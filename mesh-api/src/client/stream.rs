@@ -2,19 +2,22 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use prost::Message as _;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use super::endpoint::with_causes;
 use super::{
-    Answer, ControllerEndpoint, DeltaClientConfig, DeltaUpdate, KnownVersion, StreamStatus, Upsert, Verdict,
+    Answer, ControllerEndpoint, DeltaClientConfig, DeltaUpdate, KnownVersion, Reporter, StreamStatus, Upsert,
+    Verdict,
 };
-use crate::codec::RESOURCE_TYPES;
+use crate::codec::{REJECTION_TYPE, RESOURCE_TYPES};
 use crate::model::Resource;
 use crate::proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use crate::proto::envoy::config::core::v3::Node;
+use crate::proto::mesh::{RejectedResource, Rejection};
 use crate::proto::{Any, Status};
 
 /// Largest response in bytes. The controller cuts its responses at about 1 MiB; a single resource may be larger.
@@ -33,7 +36,7 @@ struct Pending {
     versions: Vec<(String, String)>,
     removals: Vec<String>,
     complete: bool,
-    undecodable: Option<String>,
+    undecodable: Option<(String, Rejection)>,
 }
 
 /// Why a stream ended.
@@ -62,6 +65,7 @@ pub(super) struct Client {
     /// Types whose whole state was accepted at least once.
     complete: HashSet<&'static str>,
     failures: u32,
+    reporter: Reporter,
 }
 
 fn own_type(type_url: &str) -> Option<&'static str> {
@@ -75,6 +79,7 @@ impl Client {
         known: Vec<KnownVersion>,
         updates: mpsc::Sender<DeltaUpdate>,
         status: watch::Sender<StreamStatus>,
+        reporter: Reporter,
     ) -> Self {
         let (verdict_tx, verdicts) = mpsc::unbounded_channel();
         let mut by_type: HashMap<&'static str, BTreeMap<String, String>> = HashMap::new();
@@ -94,6 +99,7 @@ impl Client {
             stream: 0,
             complete: HashSet::new(),
             failures: 0,
+            reporter,
         }
     }
 
@@ -141,6 +147,7 @@ impl Client {
             Err(e) => return End::Failed(e.to_string()),
         };
         let (requests, request_stream) = mpsc::channel(REQUEST_QUEUE);
+        let telling = self.reporter.clone().tell(channel.clone(), self.config.backoff);
         let mut client =
             AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_RESPONSE);
         let mut responses = match client.delta_aggregated_resources(ReceiverStream::new(request_stream)).await
@@ -160,6 +167,8 @@ impl Client {
             s.streams_opened += 1;
         });
         let mut endpoint_may_change = true;
+        let mut telling = std::pin::pin!(telling);
+        let mut tells = true;
         loop {
             tokio::select! {
                 response = responses.message() => match response {
@@ -183,6 +192,7 @@ impl Client {
                     Ok(()) => return End::Again,
                     Err(_) => endpoint_may_change = false,
                 },
+                () = &mut telling, if tells => tells = false,
                 () = self.updates.closed() => return End::Stopped,
             }
         }
@@ -217,11 +227,8 @@ impl Client {
         requests: &mpsc::Sender<DeltaDiscoveryRequest>,
     ) -> Result<(), End> {
         let Some(type_url) = own_type(&response.type_url) else {
-            let request = nack(
-                response.type_url.clone(),
-                response.nonce,
-                format!("this node did not ask for {}", response.type_url),
-            );
+            let error = format!("this node did not ask for {}", response.type_url);
+            let request = nack(response.type_url, response.nonce, error, None);
             let gone = |_| End::Failed("the stream ended before an answer was sent".to_owned());
             return requests.send(request).await.map_err(gone);
         };
@@ -249,7 +256,13 @@ impl Client {
             undecodable: (!undecodable.is_empty()).then(|| {
                 let named: Vec<String> =
                     undecodable.iter().take(NAMED_IN_NACK).map(ToString::to_string).collect();
-                format!("{} not understood: {}", undecodable.len(), named.join("; "))
+                let error = format!("{} not understood: {}", undecodable.len(), named.join("; "));
+                let resources = undecodable.iter().take(NAMED_IN_NACK).map(|e| RejectedResource {
+                    name: e.name.clone(),
+                    field: e.field.clone(),
+                    problem: e.problem.clone(),
+                });
+                (error, Rejection { resources: resources.collect() })
             }),
         };
         self.pending.insert(id, pending);
@@ -291,21 +304,24 @@ impl Client {
             return None;
         }
         let type_url = pending.type_url.to_owned();
-        Some(match verdict.error.or(pending.undecodable) {
-            Some(error) => nack(type_url, pending.nonce, error),
+        let refused = verdict.error.map(|error| (error, None));
+        Some(match refused.or(pending.undecodable.map(|(error, named)| (error, Some(named)))) {
+            Some((error, named)) => nack(type_url, pending.nonce, error, named),
             None => DeltaDiscoveryRequest { type_url, response_nonce: pending.nonce, ..Default::default() },
         })
     }
 }
 
-fn nack(type_url: String, nonce: String, error: String) -> DeltaDiscoveryRequest {
+fn nack(type_url: String, nonce: String, error: String, named: Option<Rejection>) -> DeltaDiscoveryRequest {
+    let detail =
+        |named: Rejection| Any { type_url: REJECTION_TYPE.to_owned(), value: named.encode_to_vec().into() };
     DeltaDiscoveryRequest {
         type_url,
         response_nonce: nonce,
         error_detail: Some(Status {
             code: Code::InvalidArgument.into(),
             message: error,
-            details: Vec::new(),
+            details: named.map(detail).into_iter().collect(),
         }),
         ..Default::default()
     }

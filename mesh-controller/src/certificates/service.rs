@@ -16,6 +16,7 @@ use time::OffsetDateTime;
 use tonic::{Request, Response, Status};
 
 use super::node::{AuthError, NodeAuthenticator};
+use crate::announce::{About, Announcement};
 use crate::cluster::Cluster;
 use crate::index::Index;
 use crate::tls::node_of;
@@ -128,6 +129,38 @@ impl Certificates {
         refusal.status
     }
 
+    /// Tells people on the pod, or on the node when it asks for what is not its own. What comes with every pod's end, and
+    /// what nobody but the controller can do something about, is not told.
+    fn announce_refusal(&self, node: &str, pod_uid: &str, refusal: &Refusal) {
+        if matches!(
+            refusal.reason,
+            "not_loaded" | "unknown_pod" | "finished" | "past_grace" | "gone_meanwhile" | "not_enrolled"
+        ) {
+            return;
+        }
+        let about = {
+            let index = self.cluster.index();
+            let own = index.pod(pod_uid).filter(|(pod, _)| *pod.node == *node);
+            own.map(|(pod, _)| About::pod(pod)).or_else(|| index.node(node).map(About::node))
+        };
+        if let Some(about) = about {
+            let note = format!("no certificate ({}): {}", refusal.reason, refusal.status.message());
+            self.cluster.announce(Announcement::warning(about, "CertificateRefused", "Issue", note));
+        }
+    }
+
+    /// The name is what somebody says to be, so only a node that is there is told of, and once.
+    fn announce_unregistered(&self, claimed: &str, refusal: &Refusal) {
+        if matches!(refusal.reason, "not_loaded" | "token_not_reviewed" | "unknown_node" | "agent_gone") {
+            return;
+        }
+        let about = self.cluster.index().node(claimed).map(About::node);
+        if let Some(about) = about {
+            let note = format!("not registered ({}): {}", refusal.reason, refusal.status.message());
+            self.cluster.announce(Announcement::warning(about, "RegistrationRefused", "Register", note));
+        }
+    }
+
     fn loaded(&self) -> Result<(), Refusal> {
         if self.cluster.loaded() {
             return Ok(());
@@ -223,7 +256,10 @@ impl NodeService for Certificates {
                 self.cluster.metrics.issued("node");
                 Ok(Response::new(response))
             }
-            Err(refusal) => Err(self.count_refusal("node", &request.node, refusal)),
+            Err(refusal) => {
+                self.announce_unregistered(&request.node, &refusal);
+                Err(self.count_refusal("node", &request.node, refusal))
+            }
         }
     }
 }
@@ -247,7 +283,10 @@ impl CertificateService for Certificates {
                 self.cluster.metrics.issued("workload");
                 Ok(Response::new(response))
             }
-            Err(refusal) => Err(self.count_refusal("workload", &node, refusal)),
+            Err(refusal) => {
+                self.announce_refusal(&node, &request.get_ref().pod_uid, &refusal);
+                Err(self.count_refusal("workload", &node, refusal))
+            }
         }
     }
 }

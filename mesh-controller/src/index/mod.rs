@@ -9,6 +9,7 @@
 //! | a pod | itself, the pods that claim one of its addresses, the services whose slices list one; with derived endpoints the services of their namespaces |
 //! | a service | itself |
 //! | an endpoint slice | its service |
+//! | a node, its tunnel's keys, a pod on it | its tunnel; a node also the tunnels that were refused |
 //!
 //! An object that makes no sense in part is compiled by its safest reading and gets a [`Problem`]; it never stops others.
 
@@ -18,6 +19,8 @@ mod pod;
 pub mod protocol;
 mod service;
 pub mod settings;
+mod table;
+mod tunnel;
 mod workload;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -27,7 +30,9 @@ use std::sync::Arc;
 use mesh_api::model::{Resource, SERVICE_TYPE, Service, WORKLOAD_TYPE, Workload};
 
 use coverage::Uncovered;
-use object::{EndpointSlice, Kind, Namespace, Object, ObjectKey, Pod};
+use object::{EndpointSlice, Kind, Namespace, Node, Object, ObjectKey, Pod};
+use table::PodTable;
+use tunnel::Tunnels;
 
 /// Namespace and name.
 type Name = (Arc<str>, Arc<str>);
@@ -84,7 +89,8 @@ pub struct IndexConfig {
 pub struct Index {
     config: IndexConfig,
     namespaces: HashMap<Arc<str>, Namespace>,
-    nodes: BTreeSet<Arc<str>>,
+    nodes: BTreeMap<Arc<str>, Node>,
+    tunnels: Tunnels,
     service_accounts: BTreeSet<Name>,
     pods: PodTable,
     services: BTreeMap<Name, object::Service>,
@@ -107,52 +113,6 @@ pub struct Index {
     changed_namespaces: BTreeSet<Arc<str>>,
 }
 
-/// Pods and who has which address.
-#[derive(Debug, Default)]
-struct PodTable {
-    by_name: BTreeMap<Name, Pod>,
-    by_uid: HashMap<Arc<str>, Name>,
-    /// Pods that claim an address and are neither finished nor in their node's network namespace.
-    claims: HashMap<IpAddr, BTreeSet<Name>>,
-}
-
-impl PodTable {
-    /// The pod that has the address: the newest that claims it and is not being deleted. Older ones are remains whose
-    /// address was given away.
-    fn winner(&self, address: IpAddr) -> Option<&Pod> {
-        let claims = self.claims.get(&address)?;
-        claims
-            .iter()
-            .filter_map(|n| self.by_name.get(n))
-            .max_by_key(|p| (p.deletion.is_none(), p.created, &p.uid))
-    }
-
-    fn claims_addresses(pod: &Pod) -> bool {
-        !pod.finished() && !pod.host_network
-    }
-}
-
-impl service::Pods for PodTable {
-    fn owner(&self, namespace: &str, address: IpAddr) -> Option<&Pod> {
-        self.winner(address).filter(|p| *p.namespace == *namespace)
-    }
-
-    fn foreign(&self, namespace: &str, address: IpAddr) -> Option<&Pod> {
-        self.winner(address).filter(|p| *p.namespace != *namespace)
-    }
-
-    fn of_namespace<'a>(&'a self, namespace: &str) -> Box<dyn Iterator<Item = &'a Pod> + 'a> {
-        let namespace: Arc<str> = namespace.into();
-        let from: Name = (namespace.clone(), Arc::from(""));
-        let pods = self.by_name.range(from..).take_while(move |((ns, _), _)| *ns == namespace);
-        Box::new(pods.map(|(_, p)| p).filter(|p| !p.finished()))
-    }
-
-    fn has(&self, pod: &Pod, address: IpAddr) -> bool {
-        pod.host_network || self.winner(address).is_some_and(|w| w.uid == pod.uid)
-    }
-}
-
 impl Index {
     /// An index without objects.
     #[must_use]
@@ -160,7 +120,8 @@ impl Index {
         Self {
             config,
             namespaces: HashMap::new(),
-            nodes: BTreeSet::new(),
+            nodes: BTreeMap::new(),
+            tunnels: Tunnels::default(),
             service_accounts: BTreeSet::new(),
             pods: PodTable::default(),
             services: BTreeMap::new(),
@@ -189,8 +150,11 @@ impl Index {
                     self.namespaces.insert(namespace.name.clone(), namespace);
                 }
             }
-            Object::Node(name) => {
-                self.nodes.insert(name);
+            Object::Node(node) => {
+                if self.nodes.get(&node.name) != Some(&node) {
+                    self.tunnels.touch_all_refused(&node.name);
+                    self.nodes.insert(node.name.clone(), node);
+                }
             }
             Object::ServiceAccount(namespace, name) => {
                 self.service_accounts.insert((namespace, name));
@@ -236,7 +200,9 @@ impl Index {
                 }
             }
             Kind::Node => {
-                self.nodes.remove(&key.name);
+                if self.nodes.remove(&key.name).is_some() {
+                    self.tunnels.touch_all_refused(&key.name);
+                }
             }
             Kind::ServiceAccount => {
                 self.service_accounts.remove(&name);
@@ -273,7 +239,7 @@ impl Index {
             |(namespace, name): &Name| ObjectKey { kind, namespace: namespace.clone(), name: name.clone() };
         match kind {
             Kind::Namespace => self.namespaces.keys().map(cluster).collect(),
-            Kind::Node => self.nodes.iter().map(cluster).collect(),
+            Kind::Node => self.nodes.keys().map(cluster).collect(),
             Kind::ServiceAccount => self.service_accounts.iter().map(named).collect(),
             Kind::Pod => self.pods.by_name.keys().map(named).collect(),
             Kind::Service => self.services.keys().map(named).collect(),
@@ -337,6 +303,10 @@ impl Index {
             }
         }
         self.touch_pod(&name, &pod.addresses);
+        if !pod.node.is_empty() {
+            self.tunnels.touch(&pod.node);
+            self.pods.on_node.entry(pod.node.clone()).or_default().insert(name.clone());
+        }
         self.pods.by_uid.insert(pod.uid.clone(), name.clone());
         self.pods.by_name.insert(name, pod);
     }
@@ -344,6 +314,13 @@ impl Index {
     fn take_pod(&mut self, name: &Name) {
         let Some(pod) = self.pods.by_name.remove(name) else { return };
         self.touch_pod(name, &pod.addresses);
+        if let Some(names) = self.pods.on_node.get_mut(&pod.node) {
+            self.tunnels.touch(&pod.node);
+            names.remove(name);
+            if names.is_empty() {
+                self.pods.on_node.remove(&pod.node);
+            }
+        }
         for address in &pod.addresses {
             if let Some(claims) = self.pods.claims.get_mut(address) {
                 claims.remove(name);
@@ -387,6 +364,7 @@ impl Index {
         for name in std::mem::take(&mut self.dirty_services) {
             self.commit_service(name, &mut delta);
         }
+        self.commit_tunnels(&mut delta);
         delta
     }
 
@@ -537,7 +515,13 @@ impl Index {
 
     /// Names of all nodes.
     pub fn nodes(&self) -> impl Iterator<Item = &Arc<str>> {
-        self.nodes.iter()
+        self.nodes.keys()
+    }
+
+    /// A node.
+    #[must_use]
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(name)
     }
 
     /// Pods of the node agents: those of their service account that are on a node and have not finished.
@@ -553,11 +537,17 @@ impl Index {
         Some((self.pods.by_name.get(name)?, self.workloads.get(name)))
     }
 
+    /// The pod of this name, finished or not.
+    #[must_use]
+    pub fn pod_named(&self, namespace: &str, name: &str) -> Option<&Pod> {
+        self.pods.by_name.get(&(namespace.into(), name.into()))
+    }
+
     /// Whether the node belongs to the cluster. In an incomplete set without any Node object nothing is known about nodes
     /// and each counts.
     #[must_use]
     pub fn has_node(&self, name: &str) -> bool {
-        (self.nodes.is_empty() && !self.config.complete) || self.nodes.contains(name)
+        (self.nodes.is_empty() && !self.config.complete) || self.nodes.contains_key(name)
     }
 
     /// Whether the service account exists. `default` is in every namespace; in an incomplete set without any

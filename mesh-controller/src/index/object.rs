@@ -8,6 +8,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -96,8 +97,8 @@ impl fmt::Display for ObjectKey {
 pub enum Object {
     /// A namespace and its opt-in.
     Namespace(Namespace),
-    /// A node, by name.
-    Node(Arc<str>),
+    /// A node.
+    Node(Node),
     /// A service account, by namespace and name.
     ServiceAccount(Arc<str>, Arc<str>),
     /// A pod.
@@ -119,6 +120,21 @@ pub struct Namespace {
     pub annotations: BTreeMap<String, String>,
     /// What it asks of other meshes.
     pub asked: Asked,
+}
+
+/// A node.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Node {
+    /// Name.
+    pub name: Arc<str>,
+    /// `metadata.uid`; empty in manifests written by hand.
+    pub uid: Arc<str>,
+    /// Those of `status.addresses` that are of type `InternalIP`.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs`, else `spec.podCIDR`.
+    pub pod_ranges: Vec<IpNet>,
+    /// What of both makes no sense. The node counts all the same: its pods need certificates, whatever its tunnel needs.
+    pub odd: Vec<Invalid>,
 }
 
 /// `status.phase`.
@@ -313,7 +329,7 @@ impl Object {
         let none = Arc::from("");
         match self {
             Self::Namespace(n) => key(Kind::Namespace, &none, &n.name),
-            Self::Node(name) => key(Kind::Node, &none, name),
+            Self::Node(n) => key(Kind::Node, &none, &n.name),
             Self::ServiceAccount(namespace, name) => key(Kind::ServiceAccount, namespace, name),
             Self::Pod(p) => key(Kind::Pod, &p.namespace, &p.name),
             Self::Service(s) => key(Kind::Service, &s.namespace, &s.name),
@@ -363,6 +379,14 @@ pub(super) fn address(value: &str, field: impl Into<String>) -> Result<IpAddr, I
     value.parse().map_err(|_| invalid(field, format!("{value:?} is not an IP address")))
 }
 
+/// Without host bits: the API server refuses them today, and took them once.
+fn range(value: &str, field: impl Into<String>) -> Result<IpNet, Invalid> {
+    let parsed: Result<IpNet, _> = value.parse();
+    parsed
+        .map(|range| range.trunc())
+        .map_err(|_| invalid(field, format!("{value:?} is not an address range")))
+}
+
 pub(super) fn is_tcp(protocol: Option<&str>) -> bool {
     protocol.is_none_or(|p| p == "TCP")
 }
@@ -384,7 +408,30 @@ impl TryFrom<&core::Node> for Object {
     type Error = Invalid;
 
     fn try_from(node: &core::Node) -> Result<Self, Invalid> {
-        Ok(Self::Node(name(&node.metadata)?))
+        let (mut addresses, mut pod_ranges, mut odd) = (Vec::new(), Vec::new(), Vec::new());
+        let all = node.status.as_ref().and_then(|s| s.addresses.as_deref()).unwrap_or_default();
+        for (i, a) in all.iter().enumerate().filter(|(_, a)| a.type_ == "InternalIP") {
+            match address(&a.address, format!("status.addresses[{i}].address")) {
+                Ok(address) => addresses.push(address),
+                Err(invalid) => odd.push(invalid),
+            }
+        }
+        let spec = node.spec.as_ref();
+        let many = spec.and_then(|s| s.pod_cidrs.as_deref()).unwrap_or_default();
+        let one = spec.and_then(|s| s.pod_cidr.as_ref()).filter(|one| many.is_empty() && !one.is_empty());
+        for (i, text) in many.iter().chain(one).enumerate() {
+            match range(text, format!("spec.podCIDRs[{i}]")) {
+                Ok(range) => pod_ranges.push(range),
+                Err(invalid) => odd.push(invalid),
+            }
+        }
+        Ok(Self::Node(Node {
+            name: name(&node.metadata)?,
+            uid: node.metadata.uid.as_deref().unwrap_or_default().into(),
+            addresses,
+            pod_ranges,
+            odd,
+        }))
     }
 }
 

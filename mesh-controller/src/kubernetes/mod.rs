@@ -28,14 +28,16 @@ use kube::runtime::watcher::{self, watcher};
 use kube::{Api, Client};
 use mesh_api::client::Backoff;
 use time::OffsetDateTime;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::announce::events;
 use crate::authority::StateDir;
-use crate::cluster::{CaSource, Cluster, TrustAnchor};
+use crate::cluster::{CaSource, Cluster, KeyStore, TrustAnchor};
 use crate::config::{CaMode, Config};
 use crate::metrics::Metrics;
+use crate::nodes::keep::Keeper;
 use crate::{source, tls};
 
 /// Longest wait for a connection to the API server.
@@ -126,10 +128,31 @@ impl Running {
             secret: Some(format!("{namespace}/{}", self.config.ca_secret)),
             rotation: None,
         };
-        let (candidate, leader) = lease::Candidate::new(client.clone(), &namespace, identity, metrics);
+        let (candidate, leader) =
+            lease::Candidate::new(client.clone(), &namespace, identity.clone(), metrics);
         let (anchors, anchor_changes) = watch::channel(0);
         let (secret, secret_seen) = watch::channel(None);
         let cluster = self.cluster.clone();
+        cluster.keep_keys_in(KeyStore::Unread);
+        let (announcements, announced) = mpsc::channel(events::QUEUE);
+        cluster.announce_to(announcements);
+        tasks.spawn({
+            let (client, cluster, stopping) = (client.clone(), cluster.clone(), stopping.clone());
+            let (identity, leader) = (identity.clone(), leader.clone());
+            async move {
+                events::run(client, cluster, identity, announced, leader, stopping).await;
+                Ok(())
+            }
+        });
+        let keeper = Keeper {
+            client: client.clone(),
+            cluster: cluster.clone(),
+            replica: identity,
+            namespace: namespace.clone(),
+            agents: self.config.agent_account(),
+            leader: leader.clone(),
+        };
+        tasks.spawn(keeper.run(stopping.clone()));
         let stored = ledger::Stored::new(client.clone(), &namespace, cluster.clone());
         tasks.spawn({
             let (client, cluster, stopping) = (client.clone(), cluster.clone(), stopping.clone());

@@ -8,7 +8,7 @@ use clap::Args;
 use k8s_openapi::api::apps::v1::{DaemonSet, DaemonSetStatus};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
-use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
@@ -17,6 +17,7 @@ use super::PAUSE;
 use crate::certificates::shared::SHARDS;
 use crate::config::duration;
 use crate::kubernetes::{self, lease, ledger, rotate, trust};
+use crate::nodes::object::MeshNode;
 
 /// What is to be removed.
 #[derive(Debug, Args)]
@@ -48,8 +49,9 @@ impl Cleanup {
         }
         let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &self.namespace);
         let leases: Api<Lease> = Api::namespaced(client.clone(), &self.namespace);
-        let secrets: Api<Secret> = Api::namespaced(client, &self.namespace);
+        let secrets: Api<Secret> = Api::namespaced(client.clone(), &self.namespace);
         let mut failures = Vec::new();
+        failures.extend(remove_mesh_nodes(Api::all(client)).await.err());
         let names = [trust::NAME.to_owned(), rotate::ACKS.to_owned()];
         for name in names.into_iter().chain((0..SHARDS).map(ledger::name)) {
             failures.extend(remove(&maps, "ConfigMap", &name).await.err());
@@ -64,6 +66,19 @@ impl Cleanup {
         let failures: Vec<String> = failures.iter().map(|e| format!("{e:#}")).collect();
         bail!("namespace {}: {}", self.namespace, failures.join("; "))
     }
+}
+
+/// Removes what the controller wrote of nodes; a cluster that does not know the kind has none.
+async fn remove_mesh_nodes(api: Api<MeshNode>) -> Result<()> {
+    let made: Vec<String> =
+        kubernetes::labels().iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let only = ListParams::default().labels(&made.join(","));
+    match api.delete_collection(&DeleteParams::default(), &only).await {
+        Ok(_) => println!("MeshNodes removed"),
+        Err(kube::Error::Api(status)) if status.code == 404 => {}
+        Err(error) => return Err(error).context("cannot remove MeshNodes"),
+    }
+    Ok(())
 }
 
 /// Runs a DaemonSet once on every node.

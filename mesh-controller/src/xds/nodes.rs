@@ -1,8 +1,9 @@
-//! What each node said last: which streams it has, what it acknowledged, what it rejected.
+//! What each node said last: which streams it has, what it acknowledged, what it rejected, how its pods are.
 
 use std::collections::BTreeMap;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
+use mesh_api::model::TunnelKey;
 use parking_lot::Mutex;
 use serde::Serialize;
 
@@ -35,11 +36,43 @@ pub struct TypeStatus {
     pub last_nack: Option<Nack>,
 }
 
+/// A pod that shall be in the mesh and is not yet.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct WaitingPod {
+    /// Its UID.
+    pub uid: String,
+    /// How long it has been waiting, seconds.
+    pub seconds: u64,
+    /// Why, in the node's words.
+    pub reason: String,
+}
+
+/// How a node's pods are, in its own count.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// In the mesh.
+    pub enrolled: u32,
+    /// Shall be and are not yet.
+    pub waiting: u32,
+    /// Of both kinds, those that run and are not captured.
+    pub uncaptured: u32,
+    /// Those that wait, the longest first; a few.
+    pub longest: Vec<WaitingPod>,
+}
+
 /// One node.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct NodeStatus {
     /// Open streams.
     pub streams: usize,
+    /// When the last stream ended, while there is none.
+    #[serde(skip)]
+    pub left: Option<Instant>,
+    /// How its pods are, if it said so since it has a stream.
+    pub report: Option<Report>,
+    /// Keys of its tunnel, if it registered them since it has a stream.
+    #[serde(skip)]
+    pub tunnel_keys: Option<Vec<TunnelKey>>,
     /// Version of its program.
     pub agent_version: String,
     /// By type URL.
@@ -57,11 +90,39 @@ impl Nodes {
     }
 
     pub(super) fn opened(&self, node: &str) {
-        self.with(node, |n| n.streams += 1);
+        self.with(node, |n| {
+            n.streams += 1;
+            n.left = None;
+        });
     }
 
     pub(super) fn closed(&self, node: &str) {
-        self.with(node, |n| n.streams = n.streams.saturating_sub(1));
+        self.with(node, |n| {
+            n.streams = n.streams.saturating_sub(1);
+            if n.streams == 0 {
+                n.left = Some(Instant::now());
+                (n.report, n.tunnel_keys) = (None, None);
+            }
+        });
+    }
+
+    pub(crate) fn reported(&self, node: &str, report: Report) {
+        self.with(node, |n| n.report = Some(report));
+    }
+
+    pub(crate) fn registered_keys(&self, node: &str, keys: Vec<TunnelKey>) {
+        self.with(node, |n| n.tunnel_keys = Some(keys));
+    }
+
+    /// Whether the node registered keys in a stream that it still has here: those count, whatever its object says.
+    #[must_use]
+    pub fn has_registered(&self, node: &str) -> bool {
+        self.0.lock().get(node).is_some_and(|n| n.tunnel_keys.is_some())
+    }
+
+    /// Forgets nodes that have no stream and are not `kept`.
+    pub(crate) fn forget(&self, kept: impl Fn(&str) -> bool) {
+        self.0.lock().retain(|name, node| node.streams > 0 || kept(name));
     }
 
     pub(super) fn runs(&self, node: &str, version: &str) {

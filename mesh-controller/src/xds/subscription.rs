@@ -7,8 +7,11 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use mesh_api::proto::Any;
+use mesh_api::codec::REJECTION_TYPE;
 use mesh_api::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+use mesh_api::proto::mesh::Rejection;
+use mesh_api::proto::{Any, Status};
+use prost::Message as _;
 
 use super::store::{FellBehind, Store};
 
@@ -34,9 +37,17 @@ pub enum Answered {
     Nack {
         /// Its reason.
         message: String,
-        /// What was in the response.
+        /// What it says it is about, else all that was in the response.
         names: Vec<String>,
     },
+}
+
+/// The resources that a NACK is about, if it says so.
+fn rejected(status: &Status) -> Option<Vec<String>> {
+    let detail = status.details.iter().find(|detail| detail.type_url == REJECTION_TYPE)?;
+    let rejection = Rejection::decode(detail.value.clone()).ok()?;
+    let names: Vec<String> = rejection.resources.into_iter().map(|r| r.name).collect();
+    (!names.is_empty()).then_some(names)
 }
 
 #[derive(Debug)]
@@ -137,7 +148,10 @@ impl Subscription {
                     }
                     Answered::Ack { from, to: self.acknowledged }
                 }
-                Some(status) => Answered::Nack { message: status.message.clone(), names: under_way.names },
+                Some(status) => Answered::Nack {
+                    message: status.message.clone(),
+                    names: rejected(status).unwrap_or(under_way.names),
+                },
             },
         }
     }

@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use mesh_api::client::{
-    Backoff, ClientIdentity, ControllerEndpoint, DeltaClient, DeltaClientConfig, DeltaUpdate, StreamStatus,
+    Backoff, ClientIdentity, ControllerEndpoint, DeltaClient, DeltaClientConfig, DeltaUpdate, Reporter,
+    StreamStatus,
 };
 use mesh_api::model::Trust;
 use mesh_api::proto::mesh::certificate_service_client::CertificateServiceClient;
@@ -83,6 +84,8 @@ pub(super) struct Controller {
     told_roots: Mutex<String>,
     /// Kept between calls; dropped when one fails.
     channel: tokio::sync::Mutex<Option<Channel>>,
+    /// What the controller is told of this node.
+    pub(super) reporter: Reporter,
 }
 
 /// The node's client certificate and key, PEM.
@@ -122,6 +125,7 @@ impl Controller {
             endpoint: watch::Sender::new(None),
             told_roots: Mutex::default(),
             channel: tokio::sync::Mutex::default(),
+            reporter: Reporter::default(),
         }
     }
 
@@ -372,7 +376,7 @@ pub(super) async fn receive(agent: Arc<Agent>) {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         backoff: Backoff { max: agent.config.controller.reconnect_max, ..Backoff::default() },
     };
-    let mut client = DeltaClient::start(config, endpoint, known);
+    let mut client = DeltaClient::start_with(config, endpoint, known, agent.controller.reporter.clone());
     let mut status = client.status();
     loop {
         tokio::select! {
@@ -459,6 +463,11 @@ async fn put_in_force(
 ) -> Result<(), ConfigureError> {
     let gathered = {
         let mut state = agent.state.lock();
+        // The worker has no part in tunnels.
+        if changes.of_tunnels_only() && state.mesh.is_complete() {
+            state.mesh.apply(changes);
+            return Ok(());
+        }
         let worker = state.worker.clone();
         let gather = !state.mesh.is_complete() || worker.as_ref().is_some_and(|w| !w.is_configured());
         if gather {

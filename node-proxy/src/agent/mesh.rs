@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use mesh_api::client::KnownVersion;
 use mesh_api::codec::{DecodeError, RESOURCE_TYPES};
-use mesh_api::model::{Resource, Service, Trust, Workload};
+use mesh_api::model::{NODE_TUNNEL_TYPE, Resource, Service, Trust, Workload};
 
 use crate::ipc::proto;
 
@@ -34,11 +34,19 @@ pub(super) struct Changes {
 }
 
 impl Changes {
-    /// The same as a message to the worker.
+    /// Whether all of it is about tunnels between nodes. An update is of one type, so it is all or nothing.
+    pub(super) fn of_tunnels_only(&self) -> bool {
+        self.upserts.iter().all(|(resource, _)| matches!(resource, Resource::NodeTunnel(_)))
+            && self.removals.iter().all(|(type_url, _)| *type_url == NODE_TUNNEL_TYPE)
+            && !(self.upserts.is_empty() && self.removals.is_empty())
+    }
+
+    /// The same as a message to the worker, which has no part in tunnels.
     pub(super) fn to_config(&self, version: String) -> proto::Config {
         let upsert = self
             .upserts
             .iter()
+            .filter(|(resource, _)| !matches!(resource, Resource::NodeTunnel(_)))
             .map(|(resource, _)| {
                 let (type_url, name, value) = resource.encode();
                 proto::Resource { type_url: type_url.to_owned(), name, value }
@@ -47,6 +55,7 @@ impl Changes {
         let remove = self
             .removals
             .iter()
+            .filter(|(type_url, _)| *type_url != NODE_TUNNEL_TYPE)
             .map(|(type_url, name)| proto::ResourceName {
                 type_url: (*type_url).to_owned(),
                 name: name.clone(),
@@ -188,6 +197,7 @@ impl Mesh {
                         self.count(&name.as_str().into(), None);
                     }
                     mesh_api::model::SERVICE_TYPE => drop(self.refused.remove(&name)),
+                    NODE_TUNNEL_TYPE => {}
                     _ => self.trust = None,
                 }
             }
@@ -212,6 +222,7 @@ impl Mesh {
                 }
             }
             Resource::Trust(t) => self.trust = Some(Arc::new(t.clone())),
+            Resource::NodeTunnel(_) => {}
         }
     }
 
@@ -220,11 +231,12 @@ impl Mesh {
         self.revision.to_string()
     }
 
-    /// Everything, as a message to a worker that starts.
+    /// Everything that concerns it, as a message to a worker that starts.
     pub(super) fn full(&self) -> proto::Config {
         let upsert = self
             .resources
             .iter()
+            .filter(|((type_url, _), _)| *type_url != NODE_TUNNEL_TYPE)
             .map(|((type_url, name), stored)| proto::Resource {
                 type_url: (*type_url).to_owned(),
                 name: name.clone(),

@@ -32,6 +32,7 @@ mod netns;
 mod pods;
 mod process;
 mod reconcile;
+mod report;
 mod requests;
 mod rights;
 mod status;
@@ -286,6 +287,7 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
     let _tasks = [
         AbortOnDrop(tokio::spawn(controller::keep_identity(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(controller::receive(Arc::clone(&agent)))),
+        AbortOnDrop(tokio::spawn(report::keep(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(certificates::drop_strays(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(issuer::follow(Arc::clone(&agent)))),
         AbortOnDrop(tokio::spawn(pods::follow(Arc::clone(&agent)))),

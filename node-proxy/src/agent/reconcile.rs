@@ -47,6 +47,7 @@ pub struct WaitingPod {
 pub(super) struct Waiting(Mutex<BTreeMap<Arc<str>, Attempts>>);
 
 struct Attempts {
+    since: Instant,
     failures: u32,
     next: Instant,
     /// An enrolment is under way.
@@ -59,6 +60,11 @@ struct Attempts {
 impl Waiting {
     /// For people. Pods that have only just been listed are not there yet.
     pub(super) fn list(&self, agent: &Agent) -> Vec<WaitingPod> {
+        self.list_with_times(agent).into_iter().map(|(pod, _)| pod).collect()
+    }
+
+    /// The same, each with how long it has been waiting.
+    pub(super) fn list_with_times(&self, agent: &Agent) -> Vec<(WaitingPod, Duration)> {
         let state = agent.state.lock();
         let waiting = self.0.lock();
         waiting
@@ -66,12 +72,13 @@ impl Waiting {
             .filter(|(_, attempts)| attempts.failures > 0)
             .filter_map(|(uid, attempts)| {
                 let workload = state.mesh.local(uid)?;
-                Some(WaitingPod {
+                let pod = WaitingPod {
                     uid: uid.to_string(),
                     name: format!("{}/{}", workload.namespace, workload.name),
                     reason: attempts.reason.clone(),
                     uncaptured: attempts.runs || workload.state == WorkloadState::Ready,
-                })
+                };
+                Some((pod, attempts.since.elapsed()))
             })
             .collect()
     }
@@ -82,6 +89,7 @@ impl Waiting {
         waiting.retain(|uid, attempts| attempts.busy || wanted.contains(uid));
         for uid in wanted {
             waiting.entry(uid).or_insert_with(|| Attempts {
+                since: now,
                 failures: 0,
                 next: now,
                 busy: false,

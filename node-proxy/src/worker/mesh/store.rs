@@ -8,7 +8,9 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use arc_swap::{ArcSwapOption, Guard};
-use mesh_api::model::{Resource, SERVICE_TYPE, Service, TRUST_TYPE, Trust, WORKLOAD_TYPE, Workload};
+use mesh_api::model::{
+    NODE_TUNNEL_TYPE, Resource, SERVICE_TYPE, Service, TRUST_TYPE, Trust, WORKLOAD_TYPE, Workload,
+};
 use parking_lot::Mutex;
 
 use super::service::ServiceState;
@@ -106,6 +108,8 @@ impl Store {
                 Resource::Workload(workload) => workloads.push(workload),
                 Resource::Service(service) => services.push(service),
                 Resource::Trust(trust) => next.set_trust(Some(trust))?,
+                // Refused above.
+                Resource::NodeTunnel(_) => {}
             }
         }
         // Identities need the trust domain, so trust goes first.
@@ -145,6 +149,7 @@ impl Change {
                 Resource::Workload(w) => drop(uids.insert(&*w.uid)),
                 Resource::Service(s) => drop(keys.insert(s.key())),
                 Resource::Trust(_) => trust = true,
+                Resource::NodeTunnel(_) => {}
             }
         }
         let gone = |name: &Arc<str>, kept: bool| (!kept).then(|| name.clone());
@@ -263,11 +268,13 @@ fn check(upserts: &[Resource], removals: &[ResourceName<'_>]) -> Result<(), Vec<
             Resource::Workload(w) => (WORKLOAD_TYPE, w.uid.to_string()),
             Resource::Service(s) => (SERVICE_TYPE, s.key()),
             Resource::Trust(_) => (TRUST_TYPE, TRUST_NAME.to_owned()),
+            Resource::NodeTunnel(t) => (NODE_TUNNEL_TYPE, t.node.to_string()),
         };
         match resource {
             Resource::Workload(w) => check_workload(w, &mut errors),
             Resource::Service(s) => check_service(s, &mut errors),
             Resource::Trust(t) => check_trust(t, &mut errors),
+            Resource::NodeTunnel(_) => errors.push(format!("{type_url} {name}: is for agents only")),
         }
         if !seen.insert((type_url, name.clone())) {
             errors.push(format!("{type_url} {name}: is in the change twice"));

@@ -1,0 +1,228 @@
+//! Tunnels between nodes: registered keys and Node objects, made into what all nodes are told. Pure.
+//!
+//! What is behind a node's tunnel are its pod ranges, as long as its pods' addresses are within them; a CNI that does not
+//! use them gives addresses elsewhere, and then it is the pods' addresses themselves. Two nodes with one range, or a range
+//! with a node's address in it, would send packets to the wrong node or the tunnel's own packets into the tunnel: the node
+//! that comes second is refused with a [`Problem`] and keeps what it had.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use mesh_api::model::{NODE_TUNNEL_TYPE, NodeTunnel, Resource, TunnelKey};
+
+use super::object::{Kind, Node, ObjectKey};
+use super::{Delta, Index, Problem};
+
+/// The registered keys, and the tunnels compiled from them.
+#[derive(Debug, Default)]
+pub(super) struct Tunnels {
+    keys: BTreeMap<Arc<str>, Vec<TunnelKey>>,
+    compiled: BTreeMap<Arc<str>, NodeTunnel>,
+    /// Nodes whose tunnel is not, or not quite, what it should be.
+    refused: BTreeSet<Arc<str>>,
+    dirty: BTreeSet<Arc<str>>,
+}
+
+impl Tunnels {
+    /// Has a node's tunnel compiled again, if it has keys.
+    pub(super) fn touch(&mut self, node: &Arc<str>) {
+        if self.keys.contains_key(node) {
+            self.dirty.insert(node.clone());
+        }
+    }
+
+    /// The same for a Node object, which others may have waited for.
+    pub(super) fn touch_all_refused(&mut self, node: &Arc<str>) {
+        self.touch(node);
+        self.dirty.extend(self.refused.iter().cloned());
+    }
+
+    /// Whether these addresses and ranges can stand beside those of all other nodes.
+    fn fits(&self, node: &Node, ranges: &[IpNet], nodes: &BTreeMap<Arc<str>, Node>) -> Result<(), Problem> {
+        for (i, range) in ranges.iter().enumerate() {
+            if let Some(other) =
+                ranges[..i].iter().find(|other| other.contains(range) || range.contains(*other))
+            {
+                return Err(problem(
+                    "spec.podCIDRs",
+                    format!("pod range {range} overlaps {other} of its own"),
+                ));
+            }
+            let mut all = nodes.values().flat_map(|n| n.addresses.iter().map(move |a| (n, a)));
+            if let Some((other, address)) = all.find(|(_, address)| range.contains(*address)) {
+                let whose = if other.name == node.name {
+                    "its own".to_owned()
+                } else {
+                    format!("that of node {}", other.name)
+                };
+                return Err(problem(
+                    "spec.podCIDRs",
+                    format!("pod range {range} contains the node address {address}, which is {whose}"),
+                ));
+            }
+            for (name, other) in self.compiled.iter().filter(|(name, _)| **name != node.name) {
+                if let Some(theirs) = other.pod_ranges.iter().find(|theirs| conflict(range, theirs)) {
+                    return Err(problem(
+                        "spec.podCIDRs",
+                        format!("pod range {range} overlaps {theirs} of node {name}"),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A tunnel, if there is one, and what people should know of it.
+    fn compile(
+        &self,
+        node: Option<&Node>,
+        name: &Arc<str>,
+        pods: Vec<IpAddr>,
+        nodes: &BTreeMap<Arc<str>, Node>,
+    ) -> (Option<NodeTunnel>, Vec<Problem>) {
+        let (Some(node), Some(keys)) = (node, self.keys.get(name).filter(|keys| !keys.is_empty())) else {
+            return (None, Vec::new());
+        };
+        let before = self.compiled.get(name);
+        let foreign = |key: &TunnelKey| {
+            let mut others = self.compiled.iter().filter(|(other, _)| *other != name);
+            others.find(|(_, t)| t.keys.iter().any(|k| k.public_key == key.public_key)).map(|(n, _)| n)
+        };
+        if let Some(other) = keys.iter().find_map(foreign) {
+            let told = problem("tunnelKeys", format!("a key of its tunnel is that of node {other}"));
+            return (before.cloned(), vec![told]);
+        }
+        let placed = if let Some(odd) = node.odd.first() {
+            Err(problem(&odd.field, odd.problem.clone()))
+        } else if node.addresses.is_empty() {
+            Err(problem("status.addresses", "has no InternalIP, where other nodes would reach the tunnel"))
+        } else {
+            let mut ranges = ranges_of(node, pods);
+            ranges.sort_unstable();
+            ranges.dedup();
+            let known = before.is_some_and(|b| b.pod_ranges == ranges && b.addresses == node.addresses);
+            let fits = if known { Ok(()) } else { self.fits(node, &ranges, nodes) };
+            fits.map(|()| (node.addresses.clone(), ranges))
+        };
+        let (placed, problems) = match (placed, before) {
+            (Ok(placed), _) => (Some(placed), Vec::new()),
+            (Err(mut told), Some(b)) => {
+                told.message.push_str("; the tunnel stays as it was");
+                (Some((b.addresses.clone(), b.pod_ranges.clone())), vec![told])
+            }
+            (Err(mut told), None) => {
+                told.message.push_str("; other nodes are not told of its tunnel");
+                (None, vec![told])
+            }
+        };
+        let tunnel = placed.map(|(addresses, pod_ranges)| NodeTunnel {
+            node: name.clone(),
+            addresses,
+            pod_ranges,
+            keys: keys.clone(),
+        });
+        (tunnel, problems)
+    }
+}
+
+fn problem(field: &str, message: impl Into<String>) -> Problem {
+    Problem { field: field.to_owned(), message: message.into() }
+}
+
+/// The node's ranges if its pods are in them, else its pods' own addresses.
+fn ranges_of(node: &Node, pods: Vec<IpAddr>) -> Vec<IpNet> {
+    let inside = |pod: &IpAddr| node.pod_ranges.iter().any(|range| range.contains(pod));
+    if !node.pod_ranges.is_empty() && pods.iter().all(inside) {
+        return node.pod_ranges.clone();
+    }
+    pods.into_iter().map(IpNet::from).collect()
+}
+
+/// Whether packets could go to either. The address of a pod within another node's range goes to the pod's node: a longer
+/// prefix counts before a shorter one.
+fn conflict(a: &IpNet, b: &IpNet) -> bool {
+    let single = |range: &IpNet| range.prefix_len() == range.max_prefix_len();
+    a == b || (!single(a) && !single(b) && (a.contains(b) || b.contains(a)))
+}
+
+impl Index {
+    /// Makes `keys` all keys of a node's tunnel; none or an empty list take it away.
+    pub fn set_tunnel_keys(&mut self, node: &str, keys: Option<Vec<TunnelKey>>) {
+        let name: Arc<str> = node.into();
+        let changed = match keys.filter(|keys| !keys.is_empty()) {
+            Some(keys) => {
+                self.tunnels.keys.get(&name) != Some(&keys) && {
+                    self.tunnels.keys.insert(name.clone(), keys);
+                    true
+                }
+            }
+            None => self.tunnels.keys.remove(&name).is_some(),
+        };
+        if changed {
+            self.tunnels.dirty.insert(name);
+        }
+    }
+
+    /// Registered keys of a node's tunnel.
+    #[must_use]
+    pub fn tunnel_keys(&self, node: &str) -> Option<&[TunnelKey]> {
+        self.tunnels.keys.get(node).map(Vec::as_slice)
+    }
+
+    /// Nodes with registered keys.
+    pub fn nodes_with_tunnel_keys(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.tunnels.keys.keys()
+    }
+
+    /// Another node that registered one of these keys.
+    #[must_use]
+    pub fn tunnel_key_of_another(&self, node: &str, keys: &[TunnelKey]) -> Option<&Arc<str>> {
+        let has = |theirs: &Vec<TunnelKey>| {
+            theirs.iter().any(|key| keys.iter().any(|own| own.public_key == key.public_key))
+        };
+        self.tunnels.keys.iter().find(|(name, theirs)| ***name != *node && has(theirs)).map(|(name, _)| name)
+    }
+
+    /// Compiles the tunnels that were touched; those that were refused get a second chance when anything changed.
+    pub(super) fn commit_tunnels(&mut self, delta: &mut Delta) {
+        let mut dirty = std::mem::take(&mut self.tunnels.dirty);
+        for _ in 0..2 {
+            let mut changed = false;
+            for name in std::mem::take(&mut dirty) {
+                changed |= self.commit_tunnel(name, delta);
+            }
+            if changed {
+                dirty.extend(self.tunnels.refused.iter().cloned());
+            }
+        }
+    }
+
+    fn commit_tunnel(&mut self, name: Arc<str>, delta: &mut Delta) -> bool {
+        let pods = self.pods.addresses_on(&name);
+        let (tunnel, problems) = self.tunnels.compile(self.nodes.get(&name), &name, pods, &self.nodes);
+        if problems.is_empty() {
+            self.tunnels.refused.remove(&name);
+        } else {
+            self.tunnels.refused.insert(name.clone());
+        }
+        let key = ObjectKey { kind: Kind::Node, namespace: "".into(), name: name.clone() };
+        self.set_problems(key, problems, delta);
+        match tunnel {
+            Some(new) if self.tunnels.compiled.get(&name) != Some(&new) => {
+                delta.upserts.push(Resource::NodeTunnel(new.clone()));
+                self.tunnels.compiled.insert(name, new);
+                true
+            }
+            Some(_) => false,
+            None => {
+                let gone = self.tunnels.compiled.remove(&name).is_some();
+                if gone {
+                    delta.removals.push((NODE_TUNNEL_TYPE, name.to_string()));
+                }
+                gone
+            }
+        }
+    }
+}

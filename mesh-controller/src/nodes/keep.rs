@@ -1,0 +1,747 @@
+//! Keeps MeshNode objects as they should be, and reads what other replicas wrote into them.
+//!
+//! Nothing of the mesh waits for these objects but the keys of tunnels. A cluster without the kind is told of once, and
+//! looked at again from time to time. What is to be written is found anew once a second from what is known then, so that
+//! many changes of a node make one write, and a write that failed is not lost.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use futures_util::StreamExt as _;
+use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
+use kube::runtime::watcher::{self, watcher};
+use kube::{Api, Client};
+use mesh_api::client::Backoff;
+use mesh_api::model::{SERVICE_TYPE, WORKLOAD_TYPE};
+use parking_lot::Mutex;
+use serde_json::json;
+use time::OffsetDateTime;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::object::{CRD_NAME, MeshNode, MeshNodeSpec, MeshNodeStatus, RegisteredKey};
+use super::status::{AgentPod, Known, News, news, status};
+use crate::announce::{About, Announcement};
+use crate::cluster::{Cluster, KeyStore};
+use crate::index::Index;
+use crate::index::object::{Kind, Node};
+use crate::kubernetes::calls::{self, CallError};
+use crate::metrics::short_type;
+use crate::source::kubernetes::WATCH_SECONDS;
+use crate::xds::nodes::NodeStatus;
+
+/// Owner of the fields that are written.
+const MANAGER: &str = "sockmesh-controller";
+/// How often is looked for what is to be written.
+const TURN: Duration = Duration::from_secs(1);
+/// Objects that are written in a turn. 2,000 nodes that all change take some two minutes.
+const WRITES_PER_TURN: usize = 20;
+/// Shortest time between two writes of one object for something that people wait for, and for numbers.
+const URGENT_PAUSE: Duration = Duration::from_secs(2);
+const NUMBERS_PAUSE: Duration = Duration::from_secs(30);
+/// A stream that is gone for less than this is not told of: agents are replaced, certificates renewed.
+const STREAM_GRACE: Duration = Duration::from_secs(5);
+/// How long the holder of the Lease waits before it speaks for nodes that no replica seems to have.
+const OFFICE_GRACE: Duration = Duration::from_secs(15);
+/// How long a node is without an agent until its object goes.
+const AGENT_GRACE: Duration = Duration::from_secs(600);
+/// After this, an object that does not become what was written is written again.
+const REWRITE: Duration = Duration::from_secs(600);
+/// Longest wait for one call.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Wait until a cluster without the kind is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
+/// How long nodes wait for objects that cannot be read.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Objects per page of a list.
+const PAGE: u32 = 500;
+/// Resources of a rejected response on which people are told.
+const CULPRITS: usize = 3;
+
+/// An object, as far as it is read.
+#[derive(Debug, Clone, Default)]
+struct Object {
+    resource_version: String,
+    generation: Option<i64>,
+    owner: String,
+    spec: MeshNodeSpec,
+    status: Option<MeshNodeStatus>,
+}
+
+impl Object {
+    /// What of it makes sense. The API server checks objects, but by the definition that is installed.
+    fn read(object: &DynamicObject) -> Self {
+        let part = |name: &str| object.data.get(name).cloned().unwrap_or_default();
+        let owners = object.metadata.owner_references.iter().flatten();
+        Self {
+            resource_version: object.metadata.resource_version.clone().unwrap_or_default(),
+            generation: object.metadata.generation,
+            owner: owners.filter(|o| o.kind == "Node").map(|o| o.uid.clone()).next().unwrap_or_default(),
+            spec: serde_json::from_value(part("spec")).unwrap_or_default(),
+            status: serde_json::from_value(part("status")).ok(),
+        }
+    }
+}
+
+/// What the watch knows, for those who write.
+#[derive(Debug, Default)]
+struct Objects {
+    by_name: BTreeMap<String, Object>,
+    /// Whether they were listed, and the kind is there.
+    known: bool,
+}
+
+/// Watches and writes.
+pub struct Keeper {
+    /// To the API server.
+    pub client: Client,
+    /// The state.
+    pub cluster: Arc<Cluster>,
+    /// Name of this replica.
+    pub replica: String,
+    /// Namespace of the replicas.
+    pub namespace: String,
+    /// Namespace and name of the agents' service account.
+    pub agents: (String, String),
+    /// Whether this replica holds the Lease.
+    pub leader: watch::Receiver<bool>,
+}
+
+impl Keeper {
+    /// Runs until `stopping` is cancelled.
+    ///
+    /// # Errors
+    /// Never; the result is that of all parts of the controller.
+    pub async fn run(self, stopping: CancellationToken) -> Result<()> {
+        let objects = Arc::new(Mutex::new(Objects::default()));
+        let watch = Watch {
+            api: Api::all_with(self.client.clone(), &resource()),
+            cluster: self.cluster.clone(),
+            objects: objects.clone(),
+        };
+        let writer = Writer::new(self, objects);
+        tokio::select! {
+            () = watch.run() => anyhow::bail!("the watch of MeshNodes ended by itself"),
+            () = writer.run() => anyhow::bail!("the writer of MeshNodes ended by itself"),
+            () = stopping.cancelled() => Ok(()),
+        }
+    }
+}
+
+fn resource() -> ApiResource {
+    ApiResource::erase::<MeshNode>(&())
+}
+
+struct Watch {
+    api: Api<DynamicObject>,
+    cluster: Arc<Cluster>,
+    objects: Arc<Mutex<Objects>>,
+}
+
+impl Watch {
+    async fn run(self) {
+        let began = Instant::now();
+        let backoff = Backoff { initial: Duration::from_millis(100), max: Duration::from_secs(5) };
+        let (mut failures, mut doubted) = (0, false);
+        loop {
+            let config = watcher::Config::default().page_size(PAGE).timeout(WATCH_SECONDS);
+            let mut events = std::pin::pin!(watcher(self.api.clone(), config));
+            let mut listing: Option<BTreeSet<String>> = None;
+            while let Some(event) = events.next().await {
+                let error = match event {
+                    Ok(event) => {
+                        failures = 0;
+                        if !self.take(event, &mut listing, &mut doubted) {
+                            break;
+                        }
+                        continue;
+                    }
+                    Err(error) => error,
+                };
+                let code = code_of(&error);
+                self.cluster.metrics.api_error("meshnodes", code);
+                if matches!(code, Some(403 | 404)) {
+                    self.absent(code == Some(403));
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                    break;
+                }
+                failures += 1;
+                tracing::warn!(%error, "cannot follow MeshNodes; trying again, the last state stays in force");
+                if self.cluster.key_store() == KeyStore::Unread && began.elapsed() > PATIENCE {
+                    tracing::error!("MeshNodes cannot be read; nodes are served without knowing of tunnels");
+                    self.cluster.keep_keys_in(KeyStore::Absent);
+                }
+                tokio::time::sleep(backoff.wait(failures)).await;
+            }
+        }
+    }
+
+    /// The kind is not there, or not for us. Keys that are known stay in force: whoever removes the definition need not
+    /// mean the tunnels.
+    fn absent(&self, forbidden: bool) {
+        {
+            let mut objects = self.objects.lock();
+            objects.known = false;
+            objects.by_name.clear();
+        }
+        if self.cluster.key_store() == KeyStore::Absent {
+            return;
+        }
+        if forbidden {
+            tracing::warn!(
+                "this controller may not read MeshNodes: its ClusterRole is that of an older chart. There is no status of \
+                 nodes, and nodes cannot share tunnel keys; upgrade the chart sockmesh"
+            );
+        } else {
+            tracing::warn!(
+                definition = CRD_NAME,
+                "the cluster does not know the kind MeshNode: the mesh works, but there is no status of nodes, and nodes \
+                 cannot share tunnel keys. To install it: helm upgrade --install sockmesh-crds charts/sockmesh-crds"
+            );
+        }
+        self.cluster.keep_keys_in(KeyStore::Absent);
+    }
+
+    /// False when the list is not believed and is to be asked for again.
+    fn take(
+        &self,
+        event: watcher::Event<DynamicObject>,
+        listing: &mut Option<BTreeSet<String>>,
+        doubted: &mut bool,
+    ) -> bool {
+        match event {
+            watcher::Event::Init => *listing = Some(BTreeSet::new()),
+            watcher::Event::InitApply(object) => {
+                if let Some(listing) = listing {
+                    listing.extend(object.metadata.name.clone());
+                }
+                self.there(&object);
+            }
+            watcher::Event::Apply(object) => self.there(&object),
+            watcher::Event::Delete(object) => self.gone([object.metadata.name.unwrap_or_default()]),
+            watcher::Event::InitDone => {
+                let listed = listing.take().unwrap_or_default();
+                let gone: Vec<String> = {
+                    let objects = self.objects.lock();
+                    objects.by_name.keys().filter(|name| !listed.contains(*name)).cloned().collect()
+                };
+                // As for every kind: an empty list of what had objects has to come twice.
+                if listed.is_empty() && !gone.is_empty() && !*doubted {
+                    *doubted = true;
+                    tracing::error!(
+                        "the API server lists no MeshNode although there were some; asking again"
+                    );
+                    return false;
+                }
+                *doubted = false;
+                self.gone(gone);
+                if !std::mem::replace(&mut self.objects.lock().known, true) {
+                    tracing::info!(objects = listed.len(), "MeshNodes are kept");
+                }
+                self.cluster.keep_keys_in(KeyStore::Objects);
+            }
+        }
+        true
+    }
+
+    fn there(&self, object: &DynamicObject) {
+        let name = object.metadata.name.clone().unwrap_or_default();
+        let read = Object::read(object);
+        let keys = read.spec.keys();
+        self.objects.lock().by_name.insert(name.clone(), read);
+        match keys {
+            Some(keys) => self.cluster.read_tunnel_keys(vec![(name, Some(keys))]),
+            None => tracing::error!(
+                mesh_node = name,
+                "spec.tunnelKeys makes no sense; the last keys of the node stay in force until it registers anew"
+            ),
+        }
+    }
+
+    fn gone(&self, names: impl IntoIterator<Item = String>) {
+        let names: Vec<String> = names.into_iter().collect();
+        {
+            let mut objects = self.objects.lock();
+            names.iter().for_each(|name| drop(objects.by_name.remove(name)));
+        }
+        self.cluster.read_tunnel_keys(names.into_iter().map(|name| (name, None)).collect());
+    }
+}
+
+fn code_of(error: &watcher::Error) -> Option<u16> {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) => Some(status.code),
+        watcher::Error::WatchError(status) => Some(status.code),
+        _ => None,
+    }
+}
+
+/// Who writes the object of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Duty {
+    /// This replica, which has the node's stream.
+    Has,
+    /// This replica, which had it last or is the leader; unless the object changed meanwhile.
+    Lost,
+    /// Somebody else, or nobody yet.
+    None,
+}
+
+/// What decides about a [`Duty`].
+struct Claim<'a> {
+    replica: &'a str,
+    said: Option<&'a NodeStatus>,
+    /// The replica that the object names, if there is an object; none in it while it has no status.
+    named: Option<Option<&'a str>>,
+    /// Whether the named replica is another one that lives.
+    named_lives: bool,
+    /// The leader, and in office for long enough.
+    leads: bool,
+    /// Whether this replica has been running for as long.
+    settled: bool,
+    has_agent: bool,
+}
+
+impl Claim<'_> {
+    fn duty(&self) -> Duty {
+        if self.said.is_some_and(|said| said.streams > 0) {
+            return Duty::Has;
+        }
+        let left_lately = self.said.and_then(|s| s.left).is_some_and(|left| left.elapsed() < STREAM_GRACE);
+        match self.named {
+            _ if left_lately => Duty::None,
+            Some(Some(named)) if named == self.replica => {
+                // A replica that was started anew under its name waits for its nodes to come back.
+                if self.said.is_some() || self.settled { Duty::Lost } else { Duty::None }
+            }
+            Some(Some(_)) if self.leads && !self.named_lives => Duty::Lost,
+            Some(None) if self.leads => Duty::Lost,
+            None if self.leads && self.has_agent => Duty::Lost,
+            _ => Duty::None,
+        }
+    }
+}
+
+/// One write.
+#[derive(Debug)]
+enum Write {
+    Put {
+        name: String,
+        /// The whole object but its status, if that is to be written.
+        object: Option<serde_json::Value>,
+        status: Option<MeshNodeStatus>,
+        /// Only onto this version.
+        onto: Option<String>,
+    },
+    Remove {
+        name: String,
+        onto: String,
+    },
+}
+
+impl Write {
+    fn name(&self) -> &str {
+        match self {
+            Self::Put { name, .. } | Self::Remove { name, .. } => name,
+        }
+    }
+}
+
+struct Writer {
+    keeper: Keeper,
+    api: Api<DynamicObject>,
+    objects: Arc<Mutex<Objects>>,
+    /// When this replica began to serve.
+    began: Option<Instant>,
+    /// When this replica took office.
+    office: Option<Instant>,
+    /// By node: when it was written last, and the status that was.
+    written: HashMap<String, (Instant, Option<MeshNodeStatus>)>,
+    /// Nodes without an agent, and since when.
+    without: HashMap<String, Instant>,
+    /// Rejections that people have been told of, by node and type.
+    told: HashMap<(String, String), u64>,
+    last_error: String,
+    failures: u32,
+}
+
+impl Writer {
+    fn new(keeper: Keeper, objects: Arc<Mutex<Objects>>) -> Self {
+        Self {
+            api: Api::all_with(keeper.client.clone(), &resource()),
+            keeper,
+            objects,
+            began: None,
+            office: None,
+            written: HashMap::new(),
+            without: HashMap::new(),
+            told: HashMap::new(),
+            last_error: String::new(),
+            failures: 0,
+        }
+    }
+
+    async fn run(mut self) {
+        let mut turn = tokio::time::interval(TURN);
+        turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            turn.tick().await;
+            let leads = *self.keeper.leader.borrow();
+            self.office = if leads { self.office.or_else(|| Some(Instant::now())) } else { None };
+            if !self.keeper.cluster.loaded() {
+                continue;
+            }
+            self.began.get_or_insert_with(Instant::now);
+            let said = self.keeper.cluster.nodes.snapshot();
+            self.announce_rejections(&said);
+            if !self.objects.lock().known {
+                continue;
+            }
+            let due = self.due(&said);
+            let waiting = i64::try_from(due.len()).unwrap_or(i64::MAX);
+            self.keeper.cluster.metrics.object_writes_due.set(waiting);
+            for write in due.into_iter().take(WRITES_PER_TURN) {
+                if !self.write(write).await {
+                    tokio::time::sleep(Backoff::default().wait(self.failures)).await;
+                    break;
+                }
+            }
+        }
+    }
+
+    /// What is to be written, the most urgent first.
+    fn due(&mut self, said: &BTreeMap<String, NodeStatus>) -> Vec<Write> {
+        let now = OffsetDateTime::now_utc();
+        let cluster = self.keeper.cluster.clone();
+        let roots = cluster.told_roots();
+        let objects = self.objects.clone();
+        let objects = objects.lock();
+        let index = cluster.index();
+        let agents = self.agents(&index);
+        let leads = self.office.is_some_and(|since| since.elapsed() >= OFFICE_GRACE);
+        let mut names: BTreeSet<&str> = said.keys().map(String::as_str).collect();
+        names.extend(objects.by_name.keys().map(String::as_str));
+        if leads {
+            names.extend(agents.keys().map(String::as_str));
+        }
+        let mut due = Vec::new();
+        for name in names {
+            let (object, agent) = (objects.by_name.get(name), agents.get(name));
+            let Some(node) = index.node(name) else {
+                // The garbage collector does it as well, where it runs.
+                if let Some(object) = object.filter(|_| leads) {
+                    let onto = object.resource_version.clone();
+                    due.push((News::Urgent, None, Write::Remove { name: name.to_owned(), onto }));
+                }
+                continue;
+            };
+            if leads && self.forsaken(name, agent.is_some(), said.get(name)) {
+                if let Some(object) = object {
+                    let onto = object.resource_version.clone();
+                    due.push((News::Urgent, None, Write::Remove { name: name.to_owned(), onto }));
+                }
+                continue;
+            }
+            let named = object.map(|o| o.status.as_ref().and_then(|s| s.controller.as_deref()));
+            let claim = Claim {
+                replica: &self.keeper.replica,
+                said: said.get(name),
+                named,
+                named_lives: named.flatten().is_some_and(|named| {
+                    index.pod_named(&self.keeper.namespace, named).is_some_and(|pod| !pod.finished())
+                }),
+                leads,
+                settled: self.began.is_some_and(|began| began.elapsed() >= OFFICE_GRACE),
+                has_agent: agent.is_some(),
+            };
+            let duty = claim.duty();
+            if duty == Duty::None {
+                continue;
+            }
+            let known = Known {
+                replica: &self.keeper.replica,
+                said: said.get(name),
+                agent,
+                roots: roots.as_ref().map(|(mark, since)| (mark.as_str(), *since)),
+                generation: object.and_then(|o| o.generation),
+            };
+            let before = object.and_then(|o| o.status.as_ref());
+            let wanted = status(&known, before, now);
+            let keys = said.get(name).and_then(|s| s.tunnel_keys.as_deref());
+            let put = put(node, object, keys);
+            let last = self.written.get(name);
+            let mut how = news(before, &wanted);
+            // An object that does not become what was written: its definition is older than this program.
+            let futile = |(at, written): &&(Instant, Option<MeshNodeStatus>)| {
+                at.elapsed() < REWRITE
+                    && written.as_ref().is_some_and(|w| news(Some(w), &wanted) == News::Nothing)
+            };
+            if how != News::Nothing && last.filter(futile).is_some() {
+                how = News::Nothing;
+            }
+            let wait = if how == News::Numbers && put.is_none() { NUMBERS_PAUSE } else { URGENT_PAUSE };
+            if (how == News::Nothing && put.is_none()) || last.is_some_and(|(at, _)| at.elapsed() < wait) {
+                continue;
+            }
+            let onto = object.filter(|_| duty == Duty::Lost).map(|o| o.resource_version.clone());
+            let urgency = if put.is_some() { News::Urgent } else { how };
+            let write = Write::Put {
+                name: name.to_owned(),
+                object: put,
+                status: (how != News::Nothing).then_some(wanted),
+                onto,
+            };
+            due.push((urgency, last.map(|(at, _)| *at), write));
+        }
+        self.written.retain(|name, _| index.node(name).is_some());
+        self.without.retain(|name, _| index.node(name).is_some());
+        cluster.nodes.forget(|name| index.node(name).is_some());
+        due.sort_by_key(|(urgency, last, _)| (std::cmp::Reverse(*urgency), *last));
+        due.into_iter().map(|(.., write)| write).collect()
+    }
+
+    /// The agents' pods by node; while one is replaced, a ready one counts.
+    fn agents(&self, index: &Index) -> BTreeMap<String, AgentPod> {
+        let (namespace, account) = &self.keeper.agents;
+        let mut agents: BTreeMap<String, AgentPod> = BTreeMap::new();
+        for pod in index.agents(namespace, account).filter(|pod| pod.deletion.is_none()) {
+            let ready = pod.ready_condition == Some(true);
+            let agent = AgentPod { name: format!("{}/{}", pod.namespace, pod.name), ready };
+            if ready || !agents.contains_key(&*pod.node) {
+                agents.insert(pod.node.to_string(), agent);
+            }
+        }
+        agents
+    }
+
+    /// Whether nobody expects the node in the mesh any more.
+    fn forsaken(&mut self, name: &str, has_agent: bool, said: Option<&NodeStatus>) -> bool {
+        if has_agent || said.is_some_and(|said| said.streams > 0) {
+            self.without.remove(name);
+            return false;
+        }
+        let since = *self.without.entry(name.to_owned()).or_insert_with(Instant::now);
+        since.elapsed() >= AGENT_GRACE
+    }
+
+    /// False when the API server is to be left alone for a while.
+    async fn write(&mut self, write: Write) -> bool {
+        let name = write.name().to_owned();
+        let metrics = self.keeper.cluster.metrics.clone();
+        match self.attempt(write).await {
+            Ok(()) => {
+                metrics.object_written("done");
+                if self.failures > 0 {
+                    tracing::info!("MeshNodes are written again");
+                }
+                self.failures = 0;
+                self.last_error.clear();
+                true
+            }
+            // Somebody was faster, or removed it; the watch tells, and it is looked at again.
+            Err(error) if error.is_conflict() || error.code() == Some(404) => {
+                metrics.object_written("conflict");
+                self.written.insert(name, (Instant::now(), None));
+                true
+            }
+            Err(error) => {
+                metrics.object_written("failed");
+                self.written.insert(name.clone(), (Instant::now(), None));
+                self.failures += 1;
+                let text = error.to_string();
+                // Once is enough until it changes.
+                if self.last_error != text {
+                    tracing::warn!(%error, mesh_node = name, "cannot write the status of a node; trying again");
+                    self.last_error = text;
+                }
+                // What is wrong with one object need not be with the others.
+                error.code() == Some(422)
+            }
+        }
+    }
+
+    async fn attempt(&mut self, write: Write) -> Result<(), CallError> {
+        let metrics = self.keeper.cluster.metrics.clone();
+        let apply = PatchParams::apply(MANAGER).force();
+        match write {
+            Write::Remove { name, onto } => {
+                let only = Preconditions { resource_version: Some(onto), uid: None };
+                let parameters = DeleteParams { preconditions: Some(only), ..DeleteParams::default() };
+                calls::within(TIMEOUT, "meshnodes", &metrics, self.api.delete(&name, &parameters)).await?;
+                tracing::info!(mesh_node = name, "removed: there is no such node, or no agent on it");
+            }
+            Write::Put { name, object, mut status, mut onto } => {
+                if let Some(object) = object {
+                    let patch = Patch::Apply(&object);
+                    let made = self.api.patch(&name, &apply, &patch);
+                    let made = calls::within(TIMEOUT, "meshnodes", &metrics, made).await?;
+                    onto = onto.and(made.metadata.resource_version.clone());
+                    if let Some(status) = &mut status {
+                        status.observed_generation = made.metadata.generation;
+                    }
+                    self.objects.lock().by_name.insert(name.clone(), Object::read(&made));
+                }
+                if let Some(status) = &status {
+                    let mut body = identity(&name);
+                    body["status"] = json!(status);
+                    if let Some(onto) = onto {
+                        body["metadata"]["resourceVersion"] = json!(onto);
+                    }
+                    let patch = Patch::Apply(&body);
+                    let made = self.api.patch_status(&name, &apply, &patch);
+                    let made = Object::read(&calls::within(TIMEOUT, "meshnodes", &metrics, made).await?);
+                    if made.status.as_ref() != Some(status) && self.last_error.is_empty() {
+                        tracing::warn!(
+                            definition = CRD_NAME,
+                            "the definition of MeshNode is older than this controller, parts of the status are not kept. To \
+                             upgrade it: helm upgrade --install sockmesh-crds charts/sockmesh-crds"
+                        );
+                        "told of".clone_into(&mut self.last_error);
+                    }
+                    self.objects.lock().by_name.insert(name.clone(), made);
+                }
+                self.written.insert(name, (Instant::now(), status));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells people of each rejection once: on the node, and on what the node rejects.
+    fn announce_rejections(&mut self, said: &BTreeMap<String, NodeStatus>) {
+        for (name, status) in said {
+            for (type_url, of_type) in &status.types {
+                let Some(nack) = &of_type.last_nack else { continue };
+                if self.told.insert((name.clone(), type_url.clone()), nack.at) == Some(nack.at) {
+                    continue;
+                }
+                let what = short_type(type_url);
+                let mut about: Vec<About> = Vec::new();
+                {
+                    let index = self.keeper.cluster.index();
+                    about.extend(index.node(name).map(About::node));
+                    let named = nack.resources.iter().filter(|_| nack.more == 0).take(CULPRITS);
+                    about.extend(named.filter_map(|resource| culprit(&index, type_url, resource)));
+                }
+                for about in about {
+                    let note =
+                        format!("node {name} rejects a {what} and stays with what it had: {}", nack.message);
+                    let told = Announcement::warning(about, "ConfigRejected", "Configure", note);
+                    self.keeper.cluster.announce(told);
+                }
+            }
+        }
+        self.told.retain(|(name, _), _| said.contains_key(name));
+    }
+}
+
+/// The object that a resource was made from.
+fn culprit(index: &Index, type_url: &str, resource: &str) -> Option<About> {
+    if type_url == WORKLOAD_TYPE {
+        return index.pod(resource).map(|(pod, _)| About::pod(pod));
+    }
+    let (namespace, name) = resource.split_once('/').filter(|_| type_url == SERVICE_TYPE)?;
+    Some(About { kind: Kind::Service, namespace: namespace.into(), name: name.into(), uid: "".into() })
+}
+
+fn identity(name: &str) -> serde_json::Value {
+    let resource = resource();
+    json!({ "apiVersion": resource.api_version, "kind": resource.kind, "metadata": { "name": name } })
+}
+
+/// The object but for its status, if it is not what it should be. It goes with its Node.
+fn put(
+    node: &Node,
+    object: Option<&Object>,
+    keys: Option<&[mesh_api::model::TunnelKey]>,
+) -> Option<serde_json::Value> {
+    let there = object.map(|object| &object.spec);
+    // Of keys that were registered elsewhere the object knows best.
+    let spec = match keys {
+        Some(keys) => MeshNodeSpec { tunnel_keys: keys.iter().map(RegisteredKey::from).collect() },
+        None => there.cloned().unwrap_or_default(),
+    };
+    if there == Some(&spec) && object.is_some_and(|object| object.owner == *node.uid) {
+        return None;
+    }
+    let mut body = identity(&node.name);
+    body["metadata"]["labels"] = json!(crate::kubernetes::labels());
+    if !node.uid.is_empty() {
+        body["metadata"]["ownerReferences"] =
+            json!([{ "apiVersion": "v1", "kind": "Node", "name": &*node.name, "uid": &*node.uid }]);
+    }
+    body["spec"] = json!(spec);
+    Some(body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim<'a>(said: Option<&'a NodeStatus>, named: Option<Option<&'a str>>) -> Claim<'a> {
+        Claim {
+            replica: "one",
+            said,
+            named,
+            named_lives: true,
+            leads: false,
+            settled: false,
+            has_agent: true,
+        }
+    }
+
+    fn left(ago: Duration) -> NodeStatus {
+        NodeStatus { left: Instant::now().checked_sub(ago), ..NodeStatus::default() }
+    }
+
+    #[test]
+    fn the_replica_with_the_stream_writes_whatever_the_object_says() {
+        let said = NodeStatus { streams: 1, ..NodeStatus::default() };
+        for named in [None, Some(None), Some(Some("one")), Some(Some("two"))] {
+            assert_eq!(claim(Some(&said), named).duty(), Duty::Has);
+        }
+    }
+
+    #[test]
+    fn a_replica_that_lost_a_stream_says_so_after_a_while_unless_another_has_it() {
+        let (lately, long_ago) = (left(Duration::from_secs(1)), left(Duration::from_secs(60)));
+        assert_eq!(claim(Some(&lately), Some(Some("one"))).duty(), Duty::None);
+        assert_eq!(claim(Some(&long_ago), Some(Some("one"))).duty(), Duty::Lost);
+        assert_eq!(claim(Some(&long_ago), Some(Some("two"))).duty(), Duty::None);
+        let anew = || claim(None, Some(Some("one")));
+        assert_eq!(anew().duty(), Duty::None, "it was started anew, and its nodes may come back");
+        assert_eq!(Claim { settled: true, ..anew() }.duty(), Duty::Lost, "they did not");
+    }
+
+    #[test]
+    fn the_leader_speaks_for_nodes_that_no_living_replica_has() {
+        let leader = |named, named_lives| Claim { leads: true, named_lives, ..claim(None, named) };
+        assert_eq!(leader(Some(Some("two")), true).duty(), Duty::None);
+        assert_eq!(leader(Some(Some("two")), false).duty(), Duty::Lost);
+        assert_eq!(leader(Some(None), false).duty(), Duty::Lost);
+        assert_eq!(leader(None, false).duty(), Duty::Lost, "its agent never connected");
+        assert_eq!(Claim { has_agent: false, ..leader(None, false) }.duty(), Duty::None);
+    }
+
+    #[test]
+    fn an_object_is_written_for_its_keys_and_its_owner_and_for_nothing_else() {
+        let node = Node { name: "n1".into(), uid: "u1".into(), ..Node::default() };
+        let made = put(&node, None, None).unwrap();
+        assert_eq!(made["metadata"]["ownerReferences"][0]["uid"], "u1");
+        assert_eq!(made["spec"], json!({}));
+        let there = Object { owner: "u1".to_owned(), ..Object::default() };
+        assert!(put(&node, Some(&there), None).is_none());
+        let again = Object { owner: "of a node of that name before".to_owned(), ..there.clone() };
+        assert!(put(&node, Some(&again), None).is_some());
+        let key = mesh_api::model::TunnelKey { generation: 1, public_key: [1; 32], ports: [1, 2] };
+        let written = put(&node, Some(&there), Some(&[key])).unwrap();
+        assert_eq!(written["spec"]["tunnelKeys"][0]["evenPort"], 1);
+        let with = Object { spec: serde_json::from_value(written["spec"].clone()).unwrap(), ..there };
+        assert!(put(&node, Some(&with), Some(&[key])).is_none());
+        assert!(put(&node, Some(&with), None).is_none(), "another replica registered them");
+        assert!(put(&node, Some(&with), Some(&[])).is_some(), "the node takes its tunnel back");
+    }
+}

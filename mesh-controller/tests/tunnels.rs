@@ -1,0 +1,246 @@
+//! Registered keys and Node objects, made into what nodes are told of each other's tunnels.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use mesh_api::model::{NODE_TUNNEL_TYPE, NodeTunnel, Resource, TunnelKey};
+use mesh_controller::index::object::{Invalid, Kind, Node, Object, ObjectKey, Phase, Pod};
+use mesh_controller::index::{Delta, Index, IndexConfig};
+
+/// An index, and all that nodes were told so far.
+struct Told {
+    index: Index,
+    tunnels: BTreeMap<String, NodeTunnel>,
+}
+
+impl Told {
+    fn new() -> Self {
+        let config = IndexConfig {
+            cluster_domain: "cluster.local".to_owned(),
+            derive_endpoints: false,
+            complete: true,
+        };
+        Self { index: Index::new(config), tunnels: BTreeMap::new() }
+    }
+
+    fn apply(&mut self, object: Object) -> &mut Self {
+        self.index.apply(object);
+        self.commit();
+        self
+    }
+
+    fn keys(&mut self, node: &str, keys: &[TunnelKey]) -> &mut Self {
+        self.index.set_tunnel_keys(node, Some(keys.to_vec()));
+        self.commit();
+        self
+    }
+
+    fn remove(&mut self, kind: Kind, namespace: &str, name: &str) -> &mut Self {
+        self.index.remove(&ObjectKey { kind, namespace: namespace.into(), name: name.into() });
+        self.commit();
+        self
+    }
+
+    fn commit(&mut self) -> Delta {
+        let delta = self.index.commit();
+        for resource in &delta.upserts {
+            if let Resource::NodeTunnel(tunnel) = resource {
+                // What nodes would not understand must never be told.
+                let (type_url, name, bytes) = resource.encode();
+                assert_eq!(Resource::decode(type_url, &name, &bytes).as_ref(), Ok(resource));
+                self.tunnels.insert(name, tunnel.clone());
+            }
+        }
+        for (type_url, name) in &delta.removals {
+            if *type_url == NODE_TUNNEL_TYPE {
+                self.tunnels.remove(name).expect("it was never told");
+            }
+        }
+        delta
+    }
+
+    fn ranges(&self, node: &str) -> Vec<String> {
+        self.tunnels[node].pod_ranges.iter().map(ToString::to_string).collect()
+    }
+
+    fn problems(&self, node: &str) -> String {
+        let key = ObjectKey { kind: Kind::Node, namespace: "".into(), name: node.into() };
+        let problems = self.index.problems().get(&key).cloned().unwrap_or_default();
+        problems.iter().map(|p| format!("{}: {}", p.field, p.message)).collect::<Vec<_>>().join("; ")
+    }
+}
+
+fn node(name: &str, addresses: &[&str], ranges: &[&str]) -> Object {
+    Object::Node(Node {
+        name: name.into(),
+        uid: format!("uid-{name}").into(),
+        addresses: addresses.iter().map(|a| a.parse::<IpAddr>().unwrap()).collect(),
+        pod_ranges: ranges.iter().map(|r| r.parse::<IpNet>().unwrap()).collect(),
+        odd: Vec::new(),
+    })
+}
+
+fn pod(name: &str, node: &str, address: &str) -> Pod {
+    Pod {
+        uid: format!("uid-{name}").into(),
+        name: name.into(),
+        namespace: "shop".into(),
+        service_account: "default".into(),
+        node: node.into(),
+        addresses: vec![address.parse().unwrap()],
+        phase: Phase::Running,
+        ..Pod::default()
+    }
+}
+
+fn object(pod: Pod) -> Object {
+    Object::Pod(Box::new(pod))
+}
+
+fn key(generation: u64, byte: u8) -> TunnelKey {
+    TunnelKey { generation, public_key: [byte; 32], ports: [51871, 51872] }
+}
+
+#[test]
+fn a_tunnel_is_told_when_key_and_node_are_there_and_goes_with_either() {
+    let mut told = Told::new();
+    told.keys("a", &[key(1, 1)]);
+    assert!(told.tunnels.is_empty(), "there is no such node yet");
+    told.apply(node("a", &["192.0.2.1", "fd00::1"], &["10.1.1.0/24", "fd01:1::/64"]));
+    let expected = NodeTunnel {
+        node: "a".into(),
+        addresses: vec!["192.0.2.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+        pod_ranges: vec!["10.1.1.0/24".parse().unwrap(), "fd01:1::/64".parse().unwrap()],
+        keys: vec![key(1, 1)],
+    };
+    assert_eq!(told.tunnels["a"], expected);
+    told.keys("a", &[key(1, 1), key(2, 2)]);
+    assert_eq!(told.tunnels["a"].keys.len(), 2);
+    told.remove(Kind::Node, "", "a");
+    assert!(told.tunnels.is_empty(), "a removed node loses its tunnel at once");
+    told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"]));
+    assert_eq!(told.tunnels.len(), 1);
+    told.keys("a", &[]);
+    assert!(told.tunnels.is_empty());
+}
+
+#[test]
+fn nothing_is_told_again_that_did_not_change() {
+    let mut told = Told::new();
+    told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);
+    told.index.apply(object(pod("web", "a", "10.1.1.7")));
+    let delta = told.commit();
+    assert!(!delta.upserts.iter().any(|r| matches!(r, Resource::NodeTunnel(_))), "{delta:?}");
+    told.index.set_tunnel_keys("a", Some(vec![key(1, 1)]));
+    assert!(told.commit().is_empty());
+}
+
+#[test]
+fn without_ranges_or_with_pods_outside_of_them_the_pods_addresses_count() {
+    let mut told = Told::new();
+    told.apply(node("a", &["192.0.2.1"], &[])).keys("a", &[key(1, 1)]);
+    assert_eq!(told.ranges("a"), Vec::<String>::new());
+    told.apply(object(pod("web", "a", "10.1.1.7"))).apply(object(pod("db", "a", "10.9.9.9")));
+    assert_eq!(told.ranges("a"), ["10.1.1.7/32", "10.9.9.9/32"]);
+    told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"]));
+    assert_eq!(told.ranges("a"), ["10.1.1.7/32", "10.9.9.9/32"], "the CNI does not use the range");
+    told.remove(Kind::Pod, "shop", "db");
+    assert_eq!(told.ranges("a"), ["10.1.1.0/24"]);
+    // The node's own network, finished pods and addresses that were given away do not count.
+    told.apply(object(Pod { host_network: true, ..pod("host", "a", "192.0.2.1") }));
+    told.apply(object(Pod { phase: Phase::Failed, ..pod("over", "a", "10.8.8.8") }));
+    assert_eq!(told.ranges("a"), ["10.1.1.0/24"]);
+}
+
+#[test]
+fn a_pod_elsewhere_within_anothers_range_is_told_beside_it() {
+    let mut told = Told::new();
+    told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);
+    told.apply(node("b", &["192.0.2.2"], &[])).keys("b", &[key(2, 2)]);
+    told.apply(object(pod("web", "b", "10.1.1.7")));
+    assert_eq!(
+        (told.ranges("a"), told.ranges("b")),
+        (vec!["10.1.1.0/24".to_owned()], vec!["10.1.1.7/32".to_owned()])
+    );
+    assert_eq!(told.problems("b"), "");
+}
+
+#[test]
+fn the_second_of_two_overlapping_nodes_is_refused_until_the_first_gives_way() {
+    let mut told = Told::new();
+    told.apply(node("a", &["192.0.2.1"], &["10.1.0.0/16"])).keys("a", &[key(1, 1)]);
+    told.apply(node("b", &["192.0.2.2"], &["10.1.2.0/24"])).keys("b", &[key(2, 2)]);
+    assert_eq!(told.tunnels.keys().collect::<Vec<_>>(), ["a"]);
+    let problem = told.problems("b");
+    assert!(
+        problem.contains("10.1.2.0/24 overlaps 10.1.0.0/16 of node a; other nodes are not told"),
+        "{problem}"
+    );
+    told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"]));
+    assert_eq!(told.ranges("b"), ["10.1.2.0/24"]);
+    assert_eq!(told.problems("b"), "");
+
+    // A node that has a good form keeps it, and its keys go on changing.
+    told.apply(node("b", &["192.0.2.2"], &["10.1.1.0/25"]));
+    assert_eq!(told.ranges("b"), ["10.1.2.0/24"]);
+    assert!(told.problems("b").ends_with("the tunnel stays as it was"), "{}", told.problems("b"));
+    told.keys("b", &[key(3, 3)]);
+    assert_eq!(
+        (told.ranges("b"), told.tunnels["b"].keys.as_slice()),
+        (vec!["10.1.2.0/24".to_owned()], &[key(3, 3)][..])
+    );
+    told.remove(Kind::Node, "", "a");
+    assert_eq!(told.ranges("b"), ["10.1.1.0/25"]);
+}
+
+#[test]
+fn a_range_with_a_nodes_address_in_it_would_swallow_the_tunnel_itself() {
+    let mut told = Told::new();
+    told.apply(node("a", &["10.1.1.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);
+    assert!(
+        told.problems("a").contains("contains the node address 10.1.1.1, which is its own"),
+        "{}",
+        told.problems("a")
+    );
+    told.apply(node("b", &["192.0.2.2"], &["10.1.0.0/16"])).keys("b", &[key(2, 2)]);
+    assert!(told.problems("b").contains("10.1.1.1, which is that of node a"), "{}", told.problems("b"));
+    assert!(told.tunnels.is_empty());
+    told.apply(node("a", &["192.0.2.1"], &["10.3.1.0/24"]));
+    assert_eq!(told.tunnels.len(), 2);
+}
+
+#[test]
+fn what_makes_no_sense_is_told_of_and_the_last_good_form_stays() {
+    let mut told = Told::new();
+    told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);
+    let Object::Node(mut odd) = node("a", &["192.0.2.1"], &[]) else { panic!() };
+    odd.odd = vec![Invalid {
+        field: "spec.podCIDRs[0]".to_owned(),
+        problem: "\"x\" is not an address range".to_owned(),
+    }];
+    told.apply(Object::Node(odd));
+    assert_eq!(told.ranges("a"), ["10.1.1.0/24"]);
+    assert!(told.problems("a").starts_with("spec.podCIDRs[0]: \"x\" is not"), "{}", told.problems("a"));
+    told.apply(node("a", &[], &["10.1.1.0/24"]));
+    assert!(told.problems("a").starts_with("status.addresses: has no InternalIP"), "{}", told.problems("a"));
+    told.apply(node("a", &["192.0.2.1"], &["10.1.0.0/16", "10.1.1.0/24"]));
+    assert!(told.problems("a").contains("of its own"), "{}", told.problems("a"));
+    assert_eq!(told.ranges("a"), ["10.1.1.0/24"]);
+}
+
+#[test]
+fn a_key_of_another_node_is_found_and_never_told_twice() {
+    let mut told = Told::new();
+    told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);
+    told.apply(node("b", &["192.0.2.2"], &["10.1.2.0/24"]));
+    assert_eq!(told.index.tunnel_key_of_another("b", &[key(9, 1)]).map(|n| &**n), Some("a"));
+    assert_eq!(told.index.tunnel_key_of_another("a", &[key(1, 1)]), None);
+    // As when two replicas took it at the same time.
+    told.keys("b", &[key(9, 1)]);
+    assert_eq!(told.tunnels.keys().collect::<Vec<_>>(), ["a"]);
+    assert!(told.problems("b").contains("is that of node a"), "{}", told.problems("b"));
+    told.keys("a", &[key(2, 2)]);
+    assert_eq!(told.tunnels["b"].keys, [key(9, 1)]);
+}
