@@ -1,17 +1,14 @@
-//! Keeps MeshNode objects as they should be, and reads what other replicas wrote into them.
+//! Keeps MeshNode objects as they should be.
 //!
-//! Nothing of the mesh waits for these objects but the keys of tunnels. A cluster without the kind is told of once, and
-//! looked at again from time to time. What is to be written is found anew once a second from what is known then, so that
-//! many changes of a node make one write, and a write that failed is not lost.
+//! Nothing of the mesh waits for these objects but the keys of tunnels. What is to be written is found anew once a second
+//! from what is known then, so that many changes of a node make one write, and a write that failed is not lost.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use futures_util::StreamExt as _;
-use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
-use kube::runtime::watcher::{self, watcher};
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
 use kube::{Api, Client};
 use mesh_api::client::Backoff;
 use mesh_api::model::{SERVICE_TYPE, WORKLOAD_TYPE};
@@ -21,15 +18,16 @@ use time::OffsetDateTime;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::object::{CRD_NAME, MeshNode, MeshNodeSpec, MeshNodeStatus, RegisteredKey};
+use super::duty::{Claim, Duty};
+use super::object::{CRD_NAME, MeshNodeSpec, MeshNodeStatus, RegisteredKey};
 use super::status::{AgentPod, Known, News, news, status};
+use super::watch::{Object, Objects, Watch, resource};
 use crate::announce::{About, Announcement};
-use crate::cluster::{Cluster, KeyStore};
+use crate::cluster::Cluster;
 use crate::index::Index;
 use crate::index::object::{Kind, Node};
 use crate::kubernetes::calls::{self, CallError};
 use crate::metrics::short_type;
-use crate::source::kubernetes::WATCH_SECONDS;
 use crate::xds::nodes::NodeStatus;
 
 /// Owner of the fields that are written.
@@ -41,8 +39,6 @@ const WRITES_PER_TURN: usize = 20;
 /// Shortest time between two writes of one object for something that people wait for, and for numbers.
 const URGENT_PAUSE: Duration = Duration::from_secs(2);
 const NUMBERS_PAUSE: Duration = Duration::from_secs(30);
-/// A stream that is gone for less than this is not told of: agents are replaced, certificates renewed.
-const STREAM_GRACE: Duration = Duration::from_secs(5);
 /// How long the holder of the Lease waits before it speaks for nodes that no replica seems to have.
 const OFFICE_GRACE: Duration = Duration::from_secs(15);
 /// How long a node is without an agent until its object goes.
@@ -51,47 +47,8 @@ const AGENT_GRACE: Duration = Duration::from_secs(600);
 const REWRITE: Duration = Duration::from_secs(600);
 /// Longest wait for one call.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Wait until a cluster without the kind is looked at again.
-const LOOK_AGAIN: Duration = Duration::from_secs(10);
-/// How long nodes wait for objects that cannot be read.
-const PATIENCE: Duration = Duration::from_secs(15);
-/// Objects per page of a list.
-const PAGE: u32 = 500;
 /// Resources of a rejected response on which people are told.
 const CULPRITS: usize = 3;
-
-/// An object, as far as it is read.
-#[derive(Debug, Clone, Default)]
-struct Object {
-    resource_version: String,
-    generation: Option<i64>,
-    owner: String,
-    spec: MeshNodeSpec,
-    status: Option<MeshNodeStatus>,
-}
-
-impl Object {
-    /// What of it makes sense. The API server checks objects, but by the definition that is installed.
-    fn read(object: &DynamicObject) -> Self {
-        let part = |name: &str| object.data.get(name).cloned().unwrap_or_default();
-        let owners = object.metadata.owner_references.iter().flatten();
-        Self {
-            resource_version: object.metadata.resource_version.clone().unwrap_or_default(),
-            generation: object.metadata.generation,
-            owner: owners.filter(|o| o.kind == "Node").map(|o| o.uid.clone()).next().unwrap_or_default(),
-            spec: serde_json::from_value(part("spec")).unwrap_or_default(),
-            status: serde_json::from_value(part("status")).ok(),
-        }
-    }
-}
-
-/// What the watch knows, for those who write.
-#[derive(Debug, Default)]
-struct Objects {
-    by_name: BTreeMap<String, Object>,
-    /// Whether they were listed, and the kind is there.
-    known: bool,
-}
 
 /// Watches and writes.
 pub struct Keeper {
@@ -126,202 +83,6 @@ impl Keeper {
             () = watch.run() => anyhow::bail!("the watch of MeshNodes ended by itself"),
             () = writer.run() => anyhow::bail!("the writer of MeshNodes ended by itself"),
             () = stopping.cancelled() => Ok(()),
-        }
-    }
-}
-
-fn resource() -> ApiResource {
-    ApiResource::erase::<MeshNode>(&())
-}
-
-struct Watch {
-    api: Api<DynamicObject>,
-    cluster: Arc<Cluster>,
-    objects: Arc<Mutex<Objects>>,
-}
-
-impl Watch {
-    async fn run(self) {
-        let began = Instant::now();
-        let backoff = Backoff { initial: Duration::from_millis(100), max: Duration::from_secs(5) };
-        let (mut failures, mut doubted) = (0, false);
-        loop {
-            let config = watcher::Config::default().page_size(PAGE).timeout(WATCH_SECONDS);
-            let mut events = std::pin::pin!(watcher(self.api.clone(), config));
-            let mut listing: Option<BTreeSet<String>> = None;
-            while let Some(event) = events.next().await {
-                let error = match event {
-                    Ok(event) => {
-                        failures = 0;
-                        if !self.take(event, &mut listing, &mut doubted) {
-                            break;
-                        }
-                        continue;
-                    }
-                    Err(error) => error,
-                };
-                let code = code_of(&error);
-                self.cluster.metrics.api_error("meshnodes", code);
-                if matches!(code, Some(403 | 404)) {
-                    self.absent(code == Some(403));
-                    tokio::time::sleep(LOOK_AGAIN).await;
-                    break;
-                }
-                failures += 1;
-                tracing::warn!(%error, "cannot follow MeshNodes; trying again, the last state stays in force");
-                if self.cluster.key_store() == KeyStore::Unread && began.elapsed() > PATIENCE {
-                    tracing::error!("MeshNodes cannot be read; nodes are served without knowing of tunnels");
-                    self.cluster.keep_keys_in(KeyStore::Absent);
-                }
-                tokio::time::sleep(backoff.wait(failures)).await;
-            }
-        }
-    }
-
-    /// The kind is not there, or not for us. Keys that are known stay in force: whoever removes the definition need not
-    /// mean the tunnels.
-    fn absent(&self, forbidden: bool) {
-        {
-            let mut objects = self.objects.lock();
-            objects.known = false;
-            objects.by_name.clear();
-        }
-        if self.cluster.key_store() == KeyStore::Absent {
-            return;
-        }
-        if forbidden {
-            tracing::warn!(
-                "this controller may not read MeshNodes: its ClusterRole is that of an older chart. There is no status of \
-                 nodes, and nodes cannot share tunnel keys; upgrade the chart sockmesh"
-            );
-        } else {
-            tracing::warn!(
-                definition = CRD_NAME,
-                "the cluster does not know the kind MeshNode: the mesh works, but there is no status of nodes, and nodes \
-                 cannot share tunnel keys. To install it: helm upgrade --install sockmesh-crds charts/sockmesh-crds"
-            );
-        }
-        self.cluster.keep_keys_in(KeyStore::Absent);
-    }
-
-    /// False when the list is not believed and is to be asked for again.
-    fn take(
-        &self,
-        event: watcher::Event<DynamicObject>,
-        listing: &mut Option<BTreeSet<String>>,
-        doubted: &mut bool,
-    ) -> bool {
-        match event {
-            watcher::Event::Init => *listing = Some(BTreeSet::new()),
-            watcher::Event::InitApply(object) => {
-                if let Some(listing) = listing {
-                    listing.extend(object.metadata.name.clone());
-                }
-                self.there(&object);
-            }
-            watcher::Event::Apply(object) => self.there(&object),
-            watcher::Event::Delete(object) => self.gone([object.metadata.name.unwrap_or_default()]),
-            watcher::Event::InitDone => {
-                let listed = listing.take().unwrap_or_default();
-                let gone: Vec<String> = {
-                    let objects = self.objects.lock();
-                    objects.by_name.keys().filter(|name| !listed.contains(*name)).cloned().collect()
-                };
-                // As for every kind: an empty list of what had objects has to come twice.
-                if listed.is_empty() && !gone.is_empty() && !*doubted {
-                    *doubted = true;
-                    tracing::error!(
-                        "the API server lists no MeshNode although there were some; asking again"
-                    );
-                    return false;
-                }
-                *doubted = false;
-                self.gone(gone);
-                if !std::mem::replace(&mut self.objects.lock().known, true) {
-                    tracing::info!(objects = listed.len(), "MeshNodes are kept");
-                }
-                self.cluster.keep_keys_in(KeyStore::Objects);
-            }
-        }
-        true
-    }
-
-    fn there(&self, object: &DynamicObject) {
-        let name = object.metadata.name.clone().unwrap_or_default();
-        let read = Object::read(object);
-        let keys = read.spec.keys();
-        self.objects.lock().by_name.insert(name.clone(), read);
-        match keys {
-            Some(keys) => self.cluster.read_tunnel_keys(vec![(name, Some(keys))]),
-            None => tracing::error!(
-                mesh_node = name,
-                "spec.tunnelKeys makes no sense; the last keys of the node stay in force until it registers anew"
-            ),
-        }
-    }
-
-    fn gone(&self, names: impl IntoIterator<Item = String>) {
-        let names: Vec<String> = names.into_iter().collect();
-        {
-            let mut objects = self.objects.lock();
-            names.iter().for_each(|name| drop(objects.by_name.remove(name)));
-        }
-        self.cluster.read_tunnel_keys(names.into_iter().map(|name| (name, None)).collect());
-    }
-}
-
-fn code_of(error: &watcher::Error) -> Option<u16> {
-    match error {
-        watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
-        | watcher::Error::WatchFailed(kube::Error::Api(status)) => Some(status.code),
-        watcher::Error::WatchError(status) => Some(status.code),
-        _ => None,
-    }
-}
-
-/// Who writes the object of a node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Duty {
-    /// This replica, which has the node's stream.
-    Has,
-    /// This replica, which had it last or is the leader; unless the object changed meanwhile.
-    Lost,
-    /// Somebody else, or nobody yet.
-    None,
-}
-
-/// What decides about a [`Duty`].
-struct Claim<'a> {
-    replica: &'a str,
-    said: Option<&'a NodeStatus>,
-    /// The replica that the object names, if there is an object; none in it while it has no status.
-    named: Option<Option<&'a str>>,
-    /// Whether the named replica is another one that lives.
-    named_lives: bool,
-    /// The leader, and in office for long enough.
-    leads: bool,
-    /// Whether this replica has been running for as long.
-    settled: bool,
-    has_agent: bool,
-}
-
-impl Claim<'_> {
-    fn duty(&self) -> Duty {
-        if self.said.is_some_and(|said| said.streams > 0) {
-            return Duty::Has;
-        }
-        let left_lately = self.said.and_then(|s| s.left).is_some_and(|left| left.elapsed() < STREAM_GRACE);
-        match self.named {
-            _ if left_lately => Duty::None,
-            Some(Some(named)) if named == self.replica => {
-                // A replica that was started anew under its name waits for its nodes to come back.
-                if self.said.is_some() || self.settled { Duty::Lost } else { Duty::None }
-            }
-            Some(Some(_)) if self.leads && !self.named_lives => Duty::Lost,
-            Some(None) if self.leads => Duty::Lost,
-            None if self.leads && self.has_agent => Duty::Lost,
-            _ => Duty::None,
         }
     }
 }
@@ -680,51 +441,6 @@ fn put(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn claim<'a>(said: Option<&'a NodeStatus>, named: Option<Option<&'a str>>) -> Claim<'a> {
-        Claim {
-            replica: "one",
-            said,
-            named,
-            named_lives: true,
-            leads: false,
-            settled: false,
-            has_agent: true,
-        }
-    }
-
-    fn left(ago: Duration) -> NodeStatus {
-        NodeStatus { left: Instant::now().checked_sub(ago), ..NodeStatus::default() }
-    }
-
-    #[test]
-    fn the_replica_with_the_stream_writes_whatever_the_object_says() {
-        let said = NodeStatus { streams: 1, ..NodeStatus::default() };
-        for named in [None, Some(None), Some(Some("one")), Some(Some("two"))] {
-            assert_eq!(claim(Some(&said), named).duty(), Duty::Has);
-        }
-    }
-
-    #[test]
-    fn a_replica_that_lost_a_stream_says_so_after_a_while_unless_another_has_it() {
-        let (lately, long_ago) = (left(Duration::from_secs(1)), left(Duration::from_secs(60)));
-        assert_eq!(claim(Some(&lately), Some(Some("one"))).duty(), Duty::None);
-        assert_eq!(claim(Some(&long_ago), Some(Some("one"))).duty(), Duty::Lost);
-        assert_eq!(claim(Some(&long_ago), Some(Some("two"))).duty(), Duty::None);
-        let anew = || claim(None, Some(Some("one")));
-        assert_eq!(anew().duty(), Duty::None, "it was started anew, and its nodes may come back");
-        assert_eq!(Claim { settled: true, ..anew() }.duty(), Duty::Lost, "they did not");
-    }
-
-    #[test]
-    fn the_leader_speaks_for_nodes_that_no_living_replica_has() {
-        let leader = |named, named_lives| Claim { leads: true, named_lives, ..claim(None, named) };
-        assert_eq!(leader(Some(Some("two")), true).duty(), Duty::None);
-        assert_eq!(leader(Some(Some("two")), false).duty(), Duty::Lost);
-        assert_eq!(leader(Some(None), false).duty(), Duty::Lost);
-        assert_eq!(leader(None, false).duty(), Duty::Lost, "its agent never connected");
-        assert_eq!(Claim { has_agent: false, ..leader(None, false) }.duty(), Duty::None);
-    }
 
     #[test]
     fn an_object_is_written_for_its_keys_and_its_owner_and_for_nothing_else() {

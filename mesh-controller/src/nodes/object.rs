@@ -2,6 +2,7 @@
 //!
 //! charts/sockmesh-crds installs what [`definition`] gives; a test holds the two together.
 //! The doc comments are what `kubectl explain meshnode` says.
+#![allow(clippy::duplicated_attributes, reason = "each column of kubectl's has the same attributes")]
 
 use k8s_openapi::ByteString;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;

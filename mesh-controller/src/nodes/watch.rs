@@ -1,0 +1,212 @@
+//! Reads MeshNode objects: what other replicas wrote, and keys of tunnels.
+//!
+//! A cluster without the kind is told of once, and looked at again from time to time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+use kube::Api;
+use kube::api::{ApiResource, DynamicObject};
+use kube::runtime::watcher::{self, watcher};
+use mesh_api::client::Backoff;
+use parking_lot::Mutex;
+use serde_json::json;
+
+use super::object::{CRD_NAME, MeshNode, MeshNodeSpec, MeshNodeStatus};
+use crate::cluster::{Cluster, KeyStore};
+use crate::source::kubernetes::WATCH_SECONDS;
+
+/// Wait until a cluster without the kind is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
+/// How long nodes wait for objects that cannot be read.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Objects per page of a list.
+const PAGE: u32 = 500;
+
+/// An object, as far as it is read.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Object {
+    pub(super) resource_version: String,
+    pub(super) generation: Option<i64>,
+    pub(super) owner: String,
+    pub(super) spec: MeshNodeSpec,
+    pub(super) status: Option<MeshNodeStatus>,
+}
+
+impl Object {
+    /// What of it makes sense. The API server checks objects, but by the definition that is installed.
+    pub(super) fn read(object: &DynamicObject) -> Self {
+        let part = |name: &str| object.data.get(name).cloned().unwrap_or_default();
+        let owners = object.metadata.owner_references.iter().flatten();
+        Self {
+            resource_version: object.metadata.resource_version.clone().unwrap_or_default(),
+            generation: object.metadata.generation,
+            owner: owners.filter(|o| o.kind == "Node").map(|o| o.uid.clone()).next().unwrap_or_default(),
+            spec: serde_json::from_value(part("spec")).unwrap_or_default(),
+            status: serde_json::from_value(part("status")).ok(),
+        }
+    }
+}
+
+/// What the watch knows, for those who write.
+#[derive(Debug, Default)]
+pub(super) struct Objects {
+    pub(super) by_name: BTreeMap<String, Object>,
+    /// Whether they were listed, and the kind is there.
+    pub(super) known: bool,
+}
+
+/// The kind, for objects that are read leniently.
+pub(super) fn resource() -> ApiResource {
+    ApiResource::erase::<MeshNode>(&())
+}
+
+/// Reads.
+pub(super) struct Watch {
+    pub(super) api: Api<DynamicObject>,
+    pub(super) cluster: Arc<Cluster>,
+    pub(super) objects: Arc<Mutex<Objects>>,
+}
+
+impl Watch {
+    /// Runs for ever.
+    pub(super) async fn run(self) {
+        let began = Instant::now();
+        let backoff = Backoff { initial: Duration::from_millis(100), max: Duration::from_secs(5) };
+        let (mut failures, mut doubted) = (0, false);
+        loop {
+            let config = watcher::Config::default().page_size(PAGE).timeout(WATCH_SECONDS);
+            let mut events = std::pin::pin!(watcher(self.api.clone(), config));
+            let mut listing: Option<BTreeSet<String>> = None;
+            while let Some(event) = events.next().await {
+                let error = match event {
+                    Ok(event) => {
+                        failures = 0;
+                        if !self.take(event, &mut listing, &mut doubted) {
+                            break;
+                        }
+                        continue;
+                    }
+                    Err(error) => error,
+                };
+                let code = code_of(&error);
+                self.cluster.metrics.api_error("meshnodes", code);
+                if matches!(code, Some(403 | 404)) {
+                    self.absent(code == Some(403));
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                    break;
+                }
+                failures += 1;
+                tracing::warn!(%error, "cannot follow MeshNodes; trying again, the last state stays in force");
+                if self.cluster.key_store() == KeyStore::Unread && began.elapsed() > PATIENCE {
+                    tracing::error!("MeshNodes cannot be read; nodes are served without knowing of tunnels");
+                    self.cluster.keep_keys_in(KeyStore::Absent);
+                }
+                tokio::time::sleep(backoff.wait(failures)).await;
+            }
+        }
+    }
+
+    /// The kind is not there, or not for us. Keys that are known stay in force: whoever removes the definition need not
+    /// mean the tunnels.
+    fn absent(&self, forbidden: bool) {
+        {
+            let mut objects = self.objects.lock();
+            objects.known = false;
+            objects.by_name.clear();
+        }
+        if self.cluster.key_store() == KeyStore::Absent {
+            return;
+        }
+        if forbidden {
+            tracing::warn!(
+                "this controller may not read MeshNodes: its ClusterRole is that of an older chart. There is no status of \
+                 nodes, and nodes cannot share tunnel keys; upgrade the chart sockmesh"
+            );
+        } else {
+            tracing::warn!(
+                definition = CRD_NAME,
+                "the cluster does not know the kind MeshNode: the mesh works, but there is no status of nodes, and nodes \
+                 cannot share tunnel keys. To install it: helm upgrade --install sockmesh-crds charts/sockmesh-crds"
+            );
+        }
+        self.cluster.keep_keys_in(KeyStore::Absent);
+    }
+
+    /// False when the list is not believed and is to be asked for again.
+    fn take(
+        &self,
+        event: watcher::Event<DynamicObject>,
+        listing: &mut Option<BTreeSet<String>>,
+        doubted: &mut bool,
+    ) -> bool {
+        match event {
+            watcher::Event::Init => *listing = Some(BTreeSet::new()),
+            watcher::Event::InitApply(object) => {
+                if let Some(listing) = listing {
+                    listing.extend(object.metadata.name.clone());
+                }
+                self.there(&object);
+            }
+            watcher::Event::Apply(object) => self.there(&object),
+            watcher::Event::Delete(object) => self.gone([object.metadata.name.unwrap_or_default()]),
+            watcher::Event::InitDone => {
+                let listed = listing.take().unwrap_or_default();
+                let gone: Vec<String> = {
+                    let objects = self.objects.lock();
+                    objects.by_name.keys().filter(|name| !listed.contains(*name)).cloned().collect()
+                };
+                // As for every kind: an empty list of what had objects has to come twice.
+                if listed.is_empty() && !gone.is_empty() && !*doubted {
+                    *doubted = true;
+                    tracing::error!(
+                        "the API server lists no MeshNode although there were some; asking again"
+                    );
+                    return false;
+                }
+                *doubted = false;
+                self.gone(gone);
+                if !std::mem::replace(&mut self.objects.lock().known, true) {
+                    tracing::info!(objects = listed.len(), "MeshNodes are kept");
+                }
+                self.cluster.keep_keys_in(KeyStore::Objects);
+            }
+        }
+        true
+    }
+
+    fn there(&self, object: &DynamicObject) {
+        let name = object.metadata.name.clone().unwrap_or_default();
+        let spec = object.data.get("spec").cloned().unwrap_or_else(|| json!({}));
+        let keys = serde_json::from_value::<MeshNodeSpec>(spec).ok().and_then(|spec| spec.keys());
+        self.objects.lock().by_name.insert(name.clone(), Object::read(object));
+        match keys {
+            Some(keys) => self.cluster.read_tunnel_keys(vec![(name, Some(keys))]),
+            None => tracing::error!(
+                mesh_node = name,
+                "spec.tunnelKeys makes no sense; the last keys of the node stay in force until it registers anew"
+            ),
+        }
+    }
+
+    fn gone(&self, names: impl IntoIterator<Item = String>) {
+        let names: Vec<String> = names.into_iter().collect();
+        {
+            let mut objects = self.objects.lock();
+            names.iter().for_each(|name| drop(objects.by_name.remove(name)));
+        }
+        self.cluster.read_tunnel_keys(names.into_iter().map(|name| (name, None)).collect());
+    }
+}
+
+fn code_of(error: &watcher::Error) -> Option<u16> {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) => Some(status.code),
+        watcher::Error::WatchError(status) => Some(status.code),
+        _ => None,
+    }
+}
