@@ -7,7 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_api::client::{Backoff, ControllerEndpoint, DeltaClient, DeltaClientConfig, DeltaUpdate};
-use mesh_api::model::{Resource as Model, SERVICE_TYPE, TRUST_TYPE, WORKLOAD_TYPE, Workload};
+use mesh_api::codec::{REJECTION_TYPE, RESOURCE_TYPES};
+use mesh_api::model::{
+    NODE_TUNNEL_TYPE, Resource as Model, SERVICE_TYPE, TRUST_TYPE, WORKLOAD_TYPE, Workload,
+};
 use mesh_api::proto::Any;
 use mesh_api::proto::discovery::aggregated_discovery_service_server::{
     AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
@@ -38,10 +41,10 @@ impl Played {
         tokio::time::timeout(PATIENCE, self.requests.message()).await.expect("no request").unwrap().unwrap()
     }
 
-    /// The three subscriptions, by type.
+    /// The subscriptions, by type.
     async fn subscriptions(&mut self) -> HashMap<String, DeltaDiscoveryRequest> {
         let mut all = HashMap::new();
-        for _ in 0..3 {
+        for _ in RESOURCE_TYPES {
             let request = self.request().await;
             assert_eq!(request.resource_names_subscribe, ["*"]);
             all.insert(request.type_url.clone(), request);
@@ -170,8 +173,12 @@ async fn what_is_not_understood_is_rejected_by_name_and_the_rest_is_in_force() {
     update.answer.accept();
     let answer = server.request().await;
     assert_eq!((answer.type_url.as_str(), answer.response_nonce.as_str()), (WORKLOAD_TYPE, "7"));
-    let error = answer.error_detail.expect("a NACK").message;
-    assert!(error.contains("\"odd\": mtls: value 99 is not known here"), "{error}");
+    let error = answer.error_detail.expect("a NACK");
+    assert!(error.message.contains("\"odd\": mtls: value 99 is not known here"), "{error:?}");
+    assert_eq!(error.details[0].type_url, REJECTION_TYPE);
+    let rejection = pb::Rejection::decode(error.details[0].value.clone()).unwrap();
+    let named: Vec<_> = rejection.resources.iter().map(|r| (r.name.as_str(), r.field.as_str())).collect();
+    assert_eq!(named, [("odd", "mtls")]);
 
     // Of the two only the good one counts as known.
     drop(server);
@@ -244,6 +251,7 @@ async fn it_is_synced_when_the_last_part_of_every_type_was_accepted() {
     for (nonce, type_url, more) in [
         ("1", TRUST_TYPE, false),
         ("2", SERVICE_TYPE, false),
+        ("5", NODE_TUNNEL_TYPE, false),
         ("3", WORKLOAD_TYPE, true),
         ("4", WORKLOAD_TYPE, false),
     ] {

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use harness::{Mesh, PATIENCE, csr, eventually, key};
 use mesh_api::client::{DeltaClient, DeltaUpdate, KnownVersion};
+use mesh_api::codec::RESOURCE_TYPES;
 use mesh_api::model::{Resource, SERVICE_TYPE, TRUST_TYPE, WORKLOAD_TYPE};
 use tonic::Code;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
@@ -89,7 +90,7 @@ async fn next(client: &mut DeltaClient) -> DeltaUpdate {
 /// Applies updates until the client has the whole state of every type.
 async fn sync(client: &mut DeltaClient, state: &mut State) {
     let mut complete = BTreeSet::new();
-    while complete.len() < 3 {
+    while complete.len() < RESOURCE_TYPES.len() {
         let update = next(client).await;
         if update.complete {
             complete.insert(update.type_url);
@@ -172,7 +173,7 @@ async fn a_reconnect_with_known_versions_gets_no_resend_and_loses_nothing() {
         .await
         .unwrap()
         .unwrap();
-    for _ in 0..3 {
+    for _ in RESOURCE_TYPES {
         let update = next(&mut client).await;
         assert!(update.complete && update.upserts.is_empty() && update.removals.is_empty(), "{update:?}");
         update.answer.accept();

@@ -5,6 +5,7 @@ mod apiserver;
 mod harness;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use apiserver::story::{agent, cluster, uid};
@@ -14,11 +15,11 @@ use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use mesh_api::client::{Registration, Reporter};
 use mesh_api::model::{NODE_TUNNEL_TYPE, NodeTunnel, Resource, TunnelKey, WORKLOAD_TYPE};
 use mesh_api::proto::mesh::{NodeReport, PodThatWaits};
-use mesh_controller::nodes::object::{CRD_NAME, MeshNode, definition};
+use mesh_controller::nodes::object::{CRD_NAME, MARK, MeshNode, definition};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
@@ -42,6 +43,21 @@ async fn place(api: &ApiServer, name: &str, address: &str, range: &str) {
         { "type": "Hostname", "address": name }, { "type": "InternalIP", "address": address },
     ] } }));
     nodes.patch_status(name, &PatchParams::default(), &status).await.unwrap();
+}
+
+/// A node agent's pod, in its node's network as they are.
+async fn host_agent(api: &ApiServer, node: &str, address: &str) {
+    let name = format!("sockmesh-{node}");
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": SYSTEM},
+        "spec": {
+            "nodeName": node, "serviceAccountName": "sockmesh-node", "hostNetwork": true,
+            "terminationGracePeriodSeconds": 0, "containers": [{"name": "c", "image": "none"}],
+        },
+    });
+    create(&api.client, &pod).await;
+    let addresses = json!([{ "ip": address }]);
+    api.status(SYSTEM, &name, json!({"phase": "Running", "podIP": address, "podIPs": addresses})).await;
 }
 
 async fn say_ready(api: &ApiServer, pod: &str) {
@@ -319,6 +335,11 @@ async fn a_rejection_is_a_condition_and_an_event_where_people_look() {
         "{all:#?}"
     );
 
+    // As docs/troubleshooting.md has it.
+    let classic: Api<k8s_openapi::api::core::v1::Event> = Api::namespaced(api.client.clone(), "shop");
+    let ours = ListParams::default().fields("reportingComponent=sockmesh.io/controller");
+    assert_eq!(classic.list(&ours).await.unwrap().items.len(), all.len());
+
     // A replica that starts says nothing twice.
     stream.close();
     replica.stop();
@@ -341,8 +362,10 @@ async fn keys_of_tunnels_reach_all_nodes_through_both_replicas_and_outlive_them(
     define(&api).await;
     place(&api, "node-a", "192.0.2.1", "10.244.1.0/24").await;
     place(&api, "node-b", "192.0.2.2", "10.244.2.0/24").await;
-    for name in ["one", "two"] {
-        api.pod_as(SYSTEM, name, "node-a", "10.99.0.9", "default").await;
+    host_agent(&api, "node-a", "192.0.2.1").await;
+    host_agent(&api, "node-b", "192.0.2.2").await;
+    for (name, address) in [("one", "10.244.1.8"), ("two", "10.244.1.9")] {
+        api.pod_as(SYSTEM, name, "node-a", address, "default").await;
     }
     let (one, two) = (Replica::start(&api, "one"), Replica::start(&api, "two"));
     one.ready().await;
@@ -444,4 +467,89 @@ async fn a_node_that_moves_to_the_other_replica_is_never_told_of_as_lost_for_lon
     shows(&api, "node-a", "Ready", ("False", "Disconnected"), &one).await;
     assert!(named("one").await);
     one.stop();
+}
+
+/// Helm with the chart of the kinds; what it says when it fails.
+fn helm(api: &ApiServer, arguments: &[&str]) -> Option<Result<(), String>> {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let helm = repository.join(".tools/cluster/helm");
+    if !helm.is_file() {
+        println!("skipped: no helm in .tools/cluster; `make cluster` builds it");
+        return None;
+    }
+    let output = std::process::Command::new(helm)
+        .args(arguments)
+        .args(["--namespace", SYSTEM, "--kubeconfig"])
+        .arg(api.kubeconfig("admin"))
+        .env("HELM_CACHE_HOME", api.dir.path().join("helm"))
+        .current_dir(repository.join("charts"))
+        .output()
+        .unwrap();
+    let said = || String::from_utf8_lossy(&output.stderr).into_owned();
+    Some(if output.status.success() { Ok(()) } else { Err(said()) })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_chart_of_the_kinds_is_installed_upgraded_and_leaves_them_when_it_is_removed() {
+    let Some(api) = cluster().await else { return };
+    let definitions: Api<CustomResourceDefinition> = Api::all(api.client.clone());
+    let install = ["install", "sockmesh-crds", "sockmesh-crds"];
+    let Some(installed) = helm(&api, &install) else { return };
+    installed.unwrap();
+    let there = definitions.get(CRD_NAME).await.unwrap();
+    let wanted = definition().unwrap();
+    assert_eq!(there.metadata.annotations.unwrap()[MARK], wanted.metadata.annotations.unwrap()[MARK]);
+
+    // One of before: an upgrade brings it to what it is now.
+    let old = json!({ "spec": { "names": { "shortNames": ["old"] } }, "metadata": { "annotations": { MARK: "old" } } });
+    definitions.patch(CRD_NAME, &PatchParams::default(), &Patch::Merge(old)).await.unwrap();
+    helm(&api, &["upgrade", "sockmesh-crds", "sockmesh-crds", "--force-conflicts"]).unwrap().unwrap();
+    let there = definitions.get(CRD_NAME).await.unwrap();
+    assert_eq!(there.spec.names.short_names.unwrap(), ["mn"]);
+    helm(&api, &["rollback", "sockmesh-crds", "1"]).unwrap().unwrap();
+
+    // Objects outlive the release, and a new release takes the definition over.
+    let node = json!({"apiVersion": "sockmesh.io/v1alpha1", "kind": "MeshNode", "metadata": {"name": "n"}, "spec": {}});
+    create(&api.client, &node).await;
+    helm(&api, &["uninstall", "sockmesh-crds"]).unwrap().unwrap();
+    mesh_nodes(&api).get("n").await.unwrap();
+    helm(&api, &install).unwrap().unwrap();
+    mesh_nodes(&api).get("n").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_api_server_refuses_keys_that_make_no_sense() {
+    let Some(api) = cluster().await else { return };
+    define(&api).await;
+    let key = json!({"generation": 1, "publicKey": "A".repeat(43) + "=", "evenPort": 1, "oddPort": 65535});
+    let with = |name: &str, keys: Vec<Value>| {
+        let object = json!({
+            "apiVersion": "sockmesh.io/v1alpha1", "kind": "MeshNode", "metadata": {"name": name},
+            "spec": {"tunnelKeys": keys},
+        });
+        let object: MeshNode = serde_json::from_value(object).unwrap();
+        let nodes = mesh_nodes(&api);
+        async move { nodes.create(&PostParams::default(), &object).await.map_err(|e| e.to_string()) }
+    };
+    with("good", vec![key.clone()]).await.unwrap();
+    for (field, value, words) in [
+        ("publicKey", json!("AAAA"), "spec.tunnelKeys[0].publicKey"),
+        ("evenPort", json!(0), "spec.tunnelKeys[0].evenPort"),
+        ("oddPort", json!(65536), "spec.tunnelKeys[0].oddPort"),
+        ("generation", json!(-1), "spec.tunnelKeys[0].generation"),
+    ] {
+        let mut bad = key.clone();
+        bad[field] = value;
+        let refused = with("bad", vec![bad]).await.unwrap_err();
+        assert!(refused.contains(words), "{refused}");
+    }
+    let refused = with("twice", vec![key.clone(), key.clone()]).await.unwrap_err();
+    assert!(refused.contains("Duplicate value"), "{refused}");
+    let many = (0..5).map(|generation| {
+        let mut one = key.clone();
+        one["generation"] = json!(generation);
+        one
+    });
+    let refused = with("many", many.collect()).await.unwrap_err();
+    assert!(refused.contains("spec.tunnelKeys"), "{refused}");
 }

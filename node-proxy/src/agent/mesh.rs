@@ -278,7 +278,7 @@ impl Mesh {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use mesh_api::model::{AppProtocol, Endpoint, ServicePort};
+    use mesh_api::model::{AppProtocol, Endpoint, NodeTunnel, ServicePort, TUNNEL_PORT, TunnelKey};
 
     pub(crate) fn workload(uid: &str, node: &str) -> Resource {
         Resource::Workload(Workload {
@@ -391,5 +391,37 @@ pub(super) mod tests {
         let names: Vec<&str> = full.upsert.iter().map(|r| r.name.as_str()).collect();
         assert_eq!(names, ["shop/web", "a"]);
         assert_eq!(mesh.dump().unwrap().len(), 2);
+    }
+
+    fn tunnel() -> Resource {
+        let key = TunnelKey { generation: 1, public_key: [1; 32], ports: [TUNNEL_PORT, TUNNEL_PORT] };
+        Resource::NodeTunnel(NodeTunnel {
+            node: "n2".into(),
+            addresses: vec![IpAddr::from([192, 0, 2, 2])],
+            pod_ranges: Vec::new(),
+            keys: vec![key],
+        })
+    }
+
+    #[test]
+    fn tunnels_are_kept_for_the_next_agent_and_are_none_of_the_workers_business() {
+        let mut mesh = Mesh::new("n1".to_owned());
+        let roots = vec![Arc::from([1u8].as_slice())];
+        let trust = Resource::Trust(Trust { trust_domain: "d".into(), roots, ..Trust::default() });
+        let upserts = vec![(trust, "1".to_owned()), (tunnel(), "2".to_owned())];
+        let changes = Changes { upserts, removals: vec![(NODE_TUNNEL_TYPE, "n3".to_owned())] };
+        assert!(!changes.of_tunnels_only());
+        let told = changes.to_config("1".to_owned());
+        assert_eq!((told.upsert.len(), told.remove.len()), (1, 0));
+        mesh.apply(changes);
+        assert_eq!(mesh.full().upsert.len(), 1);
+        assert_eq!((mesh.known().len(), mesh.export().len()), (2, 2));
+        assert_eq!(mesh.dump().map(|all| all.contains(&tunnel())), Ok(true));
+
+        let gone = Changes { upserts: Vec::new(), removals: vec![(NODE_TUNNEL_TYPE, "n2".to_owned())] };
+        assert!(gone.of_tunnels_only() && !Changes::default().of_tunnels_only());
+        mesh.apply(gone);
+        assert!(mesh.trust().is_some());
+        assert_eq!(mesh.known().len(), 1);
     }
 }

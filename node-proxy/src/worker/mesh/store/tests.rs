@@ -302,3 +302,11 @@ fn a_connection_finds_endpoints_of_the_family_that_it_asked_for() {
         assert_eq!(found, [ip(endpoint)], "for {asked}");
     }
 }
+
+#[test]
+fn a_worker_that_is_told_of_a_tunnel_between_nodes_says_that_it_has_no_part_in_it() {
+    let store = store(vec![trust("cluster.local"), Resource::Workload(pod("a", "10.1.0.1"))]);
+    let tunnel = mesh_api::model::NodeTunnel { node: "n1".into(), ..Default::default() };
+    let refused = store.apply(vec![Resource::NodeTunnel(tunnel)], &[], false).unwrap_err();
+    assert_eq!(refused, [format!("{NODE_TUNNEL_TYPE} n1: is for agents only")]);
+}

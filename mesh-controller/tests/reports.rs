@@ -1,0 +1,130 @@
+//! What nodes tell of themselves, with real TLS: who may, what is taken, and what becomes of it without an API server.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod harness;
+
+use harness::{Mesh, PATIENCE, eventually};
+use mesh_api::client::{Registration, Reporter};
+use mesh_api::codec::tunnel_keys_to_wire;
+use mesh_api::model::{NODE_TUNNEL_TYPE, Resource, TunnelKey};
+use mesh_api::proto::mesh as pb;
+use mesh_api::proto::mesh::node_report_service_client::NodeReportServiceClient;
+use tonic::Code;
+
+const NODES: &str = "
+apiVersion: v1
+kind: Node
+metadata: {name: node-a}
+spec: {podCIDRs: [10.1.0.0/24]}
+status: {addresses: [{type: Hostname, address: node-a}, {type: InternalIP, address: 192.0.2.1}]}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: node-b}
+spec: {podCIDRs: [10.1.1.0/24]}
+status: {addresses: [{type: InternalIP, address: 192.0.2.2}]}
+";
+
+fn key(generation: u64, byte: u8) -> TunnelKey {
+    TunnelKey { generation, public_key: [byte; 32], ports: [51871, 51872] }
+}
+
+async fn ends(reporter: &Reporter) -> Registration {
+    let mut registration = reporter.registration();
+    let ended = |r: &Registration| !matches!(r, Registration::Pending(_));
+    let ended = tokio::time::timeout(PATIENCE, registration.wait_for(ended)).await;
+    ended.expect("no end of the registration").unwrap().clone()
+}
+
+#[tokio::test]
+async fn a_node_speaks_for_itself_alone_and_every_field_of_what_it_says_is_checked() {
+    let mesh = Mesh::start(&[("nodes.yaml", NODES)]).await;
+    let node = mesh.node("node-a").await;
+    let good = pb::TunnelKeys { keys: tunnel_keys_to_wire(&[key(1, 1)]) };
+
+    let nobody = mesh.endpoint(None).connect().await.unwrap();
+    let mut client = NodeReportServiceClient::new(nobody);
+    assert_eq!(client.register_tunnel_keys(good.clone()).await.unwrap_err().code(), Code::Unauthenticated);
+    assert_eq!(client.report(pb::NodeReport::default()).await.unwrap_err().code(), Code::Unauthenticated);
+
+    let mut client = NodeReportServiceClient::new(node.endpoint.connect().await.unwrap());
+    for (change, expected) in [
+        (
+            (|k| k.public_key = vec![1; 33].into()) as fn(&mut pb::TunnelKey),
+            "keys[0].public_key: a key has 32 bytes, not 33",
+        ),
+        (|k| k.public_key = vec![0; 32].into(), "keys[0].public_key: is all zeros"),
+        (|k| k.even_port = 0, "keys[0].even_port: 0 is not a port"),
+        (|k| k.generation = u64::MAX, "keys: generation 18446744073709551615 is beyond"),
+    ] {
+        let mut keys = good.clone();
+        change(&mut keys.keys[0]);
+        let refused = client.register_tunnel_keys(keys).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(refused.message().contains(expected), "{}", refused.message());
+    }
+    client.register_tunnel_keys(good.clone()).await.unwrap();
+    let mut other = NodeReportServiceClient::new(mesh.node("node-b").await.endpoint.connect().await.unwrap());
+    let refused = other.register_tunnel_keys(good).await.unwrap_err();
+    assert_eq!(refused.code(), Code::AlreadyExists);
+    assert!(refused.message().contains("is that of node node-a"), "{}", refused.message());
+    let metrics = mesh.admin("/metrics").await;
+    for counted in ["reason=\"bad_key\"} 4", "reason=\"key_of_another_node\"} 1"] {
+        assert!(metrics.contains(counted), "{counted} is not in\n{metrics}");
+    }
+
+    let odd = pb::NodeReport { enrolled: 1, waiting: 0, uncaptured: 2, longest: Vec::new() };
+    assert_eq!(client.report(odd).await.unwrap_err().code(), Code::InvalidArgument);
+    client.report(pb::NodeReport { enrolled: 2, ..pb::NodeReport::default() }).await.unwrap();
+    let reported = mesh.controller().cluster.nodes.snapshot()["node-a"].report.clone().unwrap();
+    assert_eq!((reported.enrolled, reported.waiting, reported.uncaptured), (2, 0, 0));
+}
+
+#[tokio::test]
+async fn without_an_api_server_keys_are_kept_in_memory_and_go_with_the_node() {
+    let mesh = Mesh::start(&[("nodes.yaml", NODES)]).await;
+    let (a, b) = (mesh.node("node-a").await, mesh.node("node-b").await);
+    let (mut on_a, on_b) = (a.stream(Vec::new()), b.stream(Vec::new()));
+    let (reporter, other) = (on_a.reporter(), on_b.reporter());
+    reporter.register_tunnel_keys(vec![key(1, 1)]);
+    assert_eq!(ends(&reporter).await, Registration::Registered);
+    // The reporter is the one to say so when the controller says no.
+    other.register_tunnel_keys(vec![key(7, 1)]);
+    assert!(matches!(ends(&other).await, Registration::Refused(why) if why.contains("node-a")));
+    other.register_tunnel_keys(vec![key(7, 7)]);
+    assert_eq!(ends(&other).await, Registration::Registered);
+
+    let mut known = std::collections::BTreeMap::new();
+    let mut follow = async |what: &str, names: &[&str]| {
+        let all = async {
+            while known.keys().map(String::as_str).collect::<Vec<_>>() != names {
+                let update = on_a.next().await.unwrap();
+                for upsert in update.upserts {
+                    if let Resource::NodeTunnel(tunnel) = upsert.resource {
+                        known.insert(upsert.name, tunnel);
+                    }
+                }
+                if update.type_url == NODE_TUNNEL_TYPE {
+                    update.removals.iter().for_each(|name| drop(known.remove(name)));
+                }
+                update.answer.accept();
+            }
+        };
+        tokio::time::timeout(PATIENCE, all).await.unwrap_or_else(|_| panic!("waited in vain for {what}"));
+    };
+    follow("both tunnels", &["node-a", "node-b"]).await;
+
+    // A lost stream takes nothing back; a removed node loses its tunnel.
+    drop(on_b);
+    let left = || mesh.controller().cluster.nodes.snapshot()["node-b"].streams == 0;
+    eventually("the stream to end", left).await;
+    assert!(mesh.controller().cluster.index().tunnel_keys("node-b").is_some());
+    let only_a: String = NODES.split("---").next().unwrap().to_owned();
+    mesh.write("nodes.yaml", &only_a);
+    follow("the tunnel of a removed node to go", &["node-a"]).await;
+
+    // Taking it back is an empty list.
+    reporter.register_tunnel_keys(Vec::new());
+    assert_eq!(ends(&reporter).await, Registration::None);
+    follow("no tunnel to be left", &[]).await;
+}
