@@ -45,6 +45,7 @@ images: tools ## the images of node and controller, in .tools/images; PROFILE=di
 
 cluster: images ## a real Kubernetes of two nodes on this machine; ARGS="--nodes 3 --dual-stack"
 	@scripts/install-deps.sh cluster
+	cargo build --release --locked -p sockmesh
 	@e2e/cluster/build-programs
 	@e2e/cluster/build-images
 	@e2e/cluster/up $(ARGS)

@@ -27,7 +27,6 @@ def settings():
 
 NODES = [f"node{n + 1}" for n in range(int(settings()["NODE_COUNT"]))]
 DUAL_STACK = bool(settings()["DUAL_STACK"])
-TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target"))
 # In the path of every request between pods of the mesh; on no wire between nodes.
 CANARY = "canary-" + secrets.token_hex(8)
 BEGAN = time.monotonic()
@@ -59,7 +58,7 @@ def helm(*arguments, **options):
 
 def sockmesh(*arguments, **options):
     """The command line, as its user runs it."""
-    return run(HERE / "with-cluster", TARGET / "release/sockmesh", *arguments, **options)
+    return run(HERE / "bin/sockmesh", *arguments, **options)
 
 
 def on(machine, *command, **options):
