@@ -24,7 +24,8 @@ def plain(story):
 
 def install(story):
     "helm install: controller and both nodes' agents get ready"
-    helm("install", "sockmesh", REPOSITORY / "charts/sockmesh", "--namespace", SYSTEM, "--create-namespace",
+    helm("install", "sockmesh-crds", REPOSITORY / "charts/sockmesh-crds", "--namespace", SYSTEM, "--create-namespace")
+    helm("install", "sockmesh", REPOSITORY / "charts/sockmesh", "--namespace", SYSTEM,
          "--values", REPOSITORY / "charts/test/cluster.yaml", "--wait", "--timeout", "120s")
     ready = get("daemonset", "-n", SYSTEM, "sockmesh-node")["status"]
     expect(ready.get("numberReady") == len(NODES), f"agents: {ready}")
@@ -103,6 +104,8 @@ def uninstall(story):
     for node in NODES:
         expect(traces(node), f"{node}: nothing is found of a mesh that runs")
     helm("uninstall", "sockmesh", "--namespace", SYSTEM, "--timeout", "3m")
+    helm("uninstall", "sockmesh-crds", "--namespace", SYSTEM)
+    kubectl("delete", "crd", "meshnodes.sockmesh.io")
     for node in NODES:
         expect(not traces(node), f"{node}: {traces(node)}")
     for namespace_, pod in [("outside", "stranger"), ("shop", client_on("node1"))]:
