@@ -21,7 +21,7 @@ use rcgen::{
 use serde_json::{Value, json};
 use testbed::{Pod, Process};
 
-use crate::kernel;
+use bench::kernel;
 
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// More than any row opens, where the default would be a limit.

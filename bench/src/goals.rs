@@ -151,7 +151,7 @@ pub(crate) fn judge(rows: &[RowResult], memory: &[MemorySample]) -> Vec<Verdict>
 
 /// Bytes per connection that came on top, at the client and at the server.
 pub(crate) fn per_connection(sample: &MemorySample) -> (f64, f64) {
-    let each = |(before, with): (crate::kernel::Memory, crate::kernel::Memory)| {
+    let each = |(before, with): (bench::kernel::Memory, bench::kernel::Memory)| {
         with.above(before).rss as f64 / sample.connections.max(1) as f64
     };
     (each(sample.client), each(sample.server))
@@ -160,7 +160,7 @@ pub(crate) fn per_connection(sample: &MemorySample) -> (f64, f64) {
 #[cfg(test)]
 mod tests {
     use super::judge;
-    use crate::kernel::Memory;
+    use bench::kernel::Memory;
     use crate::measure::MemorySample;
     use crate::rows::{MemoryRow, ROWS, Variant};
     use crate::summary::{RowResult, tests::sample};

@@ -13,7 +13,7 @@ use serde_json::json;
 use testbed::{Mesh, Pod, PodSpec, Process, ServiceSpec, control};
 
 use crate::envoy::{Pair, Route};
-use crate::kernel::most_open_files;
+use bench::kernel::most_open_files;
 use crate::rows::{Contender, Variant};
 
 const START_LIMIT: Duration = Duration::from_secs(30);

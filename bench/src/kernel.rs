@@ -18,7 +18,7 @@ const TICKS_PER_SECOND: u64 = 100;
 ///
 /// # Errors
 /// When /proc does not have what it has on Linux.
-pub(crate) fn cpu_time(pids: &[i32]) -> Result<Duration> {
+pub fn cpu_time(pids: &[i32]) -> Result<Duration> {
     let mut sum = Duration::ZERO;
     for pid in pids {
         sum += match threads_time(*pid)? {
@@ -46,7 +46,11 @@ fn threads_time(pid: i32) -> Result<Option<Duration>> {
     Ok(Some(Duration::from_nanos(nanos)))
 }
 
-fn process_time(pid: i32) -> Result<Duration> {
+/// CPU time that a process has used so far, with that of threads that have ended, in steps of 10 ms.
+///
+/// # Errors
+/// When /proc does not have what it has on Linux.
+pub fn process_time(pid: i32) -> Result<Duration> {
     let file = format!("/proc/{pid}/stat");
     let Ok(text) = fs::read_to_string(&file) else { return Ok(Duration::ZERO) };
     let ticks = user_and_system_ticks(&text).with_context(|| format!("{file} holds {text:?}"))?;
@@ -66,7 +70,7 @@ fn user_and_system_ticks(stat: &str) -> Option<u64> {
 ///
 /// # Errors
 /// When /proc/self/limits does not have what it has on Linux.
-pub(crate) fn most_open_files() -> Result<u32> {
+pub fn most_open_files() -> Result<u32> {
     let text = fs::read_to_string("/proc/self/limits").context("cannot read /proc/self/limits")?;
     let line = text.lines().find_map(|l| l.strip_prefix("Max open files"));
     let hard =
@@ -76,7 +80,7 @@ pub(crate) fn most_open_files() -> Result<u32> {
 
 /// The machine's CPU time at one moment.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Machine {
+pub struct Machine {
     at: Instant,
     cpus: u32,
     /// Idle, waiting for a disk, or given to another guest by the hypervisor.
@@ -89,7 +93,7 @@ impl Machine {
     ///
     /// # Errors
     /// When it does not have what it has on Linux.
-    pub(crate) fn now() -> Result<Self> {
+    pub fn now() -> Result<Self> {
         let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
         let at = Instant::now();
         let cpus = text.lines().filter(|l| l.starts_with("cpu") && !l.starts_with("cpu ")).count();
@@ -112,24 +116,24 @@ impl Machine {
     }
 
     /// CPU time that was not idle since `before`, whoever used it. Softirqs and kernel threads are in it.
-    pub(crate) fn busy_since(&self, before: &Self) -> Duration {
+    pub fn busy_since(&self, before: &Self) -> Duration {
         let all = self.at.duration_since(before.at) * self.cpus;
         all.saturating_sub(self.not_ours.saturating_sub(before.not_ours))
     }
 
     /// CPU time in softirqs since `before`, as far as the kernel's clock tick saw it.
-    pub(crate) fn softirq_since(&self, before: &Self) -> Duration {
+    pub fn softirq_since(&self, before: &Self) -> Duration {
         self.softirq.saturating_sub(before.softirq)
     }
 }
 
 /// Memory of a group of processes in bytes.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
-pub(crate) struct Memory {
+pub struct Memory {
     /// Resident pages; those that processes share count for each.
-    pub(crate) rss: u64,
+    pub rss: u64,
     /// Resident pages; those that n processes share count an n-th for each.
-    pub(crate) pss: u64,
+    pub pss: u64,
 }
 
 impl Memory {
@@ -137,7 +141,7 @@ impl Memory {
     ///
     /// # Errors
     /// When a process has ended or may not be looked at.
-    pub(crate) fn of(pids: &[i32]) -> Result<Self> {
+    pub fn of(pids: &[i32]) -> Result<Self> {
         let mut sum = Self::default();
         for pid in pids {
             let file = format!("/proc/{pid}/smaps_rollup");
@@ -155,7 +159,7 @@ impl Memory {
     }
 
     /// What came on top of `before`.
-    pub(crate) fn above(self, before: Self) -> Self {
+    pub fn above(self, before: Self) -> Self {
         Self { rss: self.rss.saturating_sub(before.rss), pss: self.pss.saturating_sub(before.pss) }
     }
 }

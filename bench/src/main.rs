@@ -6,7 +6,6 @@
 mod envoy;
 mod goals;
 mod ground;
-mod kernel;
 mod measure;
 mod report;
 mod rows;
@@ -18,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use bench::kernel;
 use clap::Parser;
 
 use ground::{Ground, Setup};

@@ -12,7 +12,7 @@ use serde::Serialize;
 use testbed::{Process, control, wait};
 
 use crate::ground::Ground;
-use crate::kernel::{Machine, Memory, cpu_time, most_open_files};
+use bench::kernel::{Machine, Memory, cpu_time, most_open_files};
 use crate::rows::{MemoryRow, Row, Variant};
 
 /// Longest time for what the load program does outside the measured time; opening connections has its own.

@@ -200,7 +200,7 @@ fn memory_text(samples: &[MemorySample]) -> String {
     let mut text = "memory of the proxies, MB resident (MB proportional)\n".to_owned();
     for sample in samples {
         let show =
-            |m: crate::kernel::Memory| format!("{:.1} ({:.1})", m.rss as f64 / 1e6, m.pss as f64 / 1e6);
+            |m: bench::kernel::Memory| format!("{:.1} ({:.1})", m.rss as f64 / 1e6, m.pss as f64 / 1e6);
         if sample.connections == 0 {
             line(
                 &mut text,
