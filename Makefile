@@ -9,7 +9,7 @@ BIN := $(CARGO_TARGET_DIR)/release
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench check build dist images cluster cluster-down test-cluster tools
+.PHONY: help demo test bench scale check build dist images cluster cluster-down test-cluster tools
 
 help: ## lists the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -25,6 +25,11 @@ bench: build dist ## measures against direct connections and a pair of Envoys
 	@scripts/install-deps.sh run
 	@scripts/install-bench-deps.sh
 	$(SUDO) $(BIN)/bench --node $(CARGO_TARGET_DIR)/dist/sockmesh-node $(ARGS)
+
+scale: build dist ## measures the controller with up to 30,000 pods and 100 nodes, and what a node keeps of them
+	@scripts/install-deps.sh run
+	@e2e/cluster/build-programs --for-tests
+	$(SUDO) $(BIN)/bench-scale --node $(CARGO_TARGET_DIR)/dist/sockmesh-node $(ARGS)
 
 check: tools ## formatting, lints, licences and sources of crates, documentation, Helm chart
 	@scripts/install-deps.sh check

@@ -160,10 +160,10 @@ pub(crate) fn per_connection(sample: &MemorySample) -> (f64, f64) {
 #[cfg(test)]
 mod tests {
     use super::judge;
-    use bench::kernel::Memory;
     use crate::measure::MemorySample;
     use crate::rows::{MemoryRow, ROWS, Variant};
     use crate::summary::{RowResult, tests::sample};
+    use bench::kernel::Memory;
 
     fn row(name: &str) -> RowResult {
         RowResult::new(*ROWS.iter().find(|r| r.name == name).unwrap())

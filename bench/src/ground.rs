@@ -13,8 +13,8 @@ use serde_json::json;
 use testbed::{Mesh, Pod, PodSpec, Process, ServiceSpec, control};
 
 use crate::envoy::{Pair, Route};
-use bench::kernel::most_open_files;
 use crate::rows::{Contender, Variant};
+use bench::kernel::most_open_files;
 
 const START_LIMIT: Duration = Duration::from_secs(30);
 

@@ -12,8 +12,8 @@ use serde::Serialize;
 use testbed::{Process, control, wait};
 
 use crate::ground::Ground;
-use bench::kernel::{Machine, Memory, cpu_time, most_open_files};
 use crate::rows::{MemoryRow, Row, Variant};
+use bench::kernel::{Machine, Memory, cpu_time, most_open_files};
 
 /// Longest time for what the load program does outside the measured time; opening connections has its own.
 const LIMIT: Duration = Duration::from_secs(30);

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use prost::Message;
 
 use crate::model::{
-    AppProtocol, Endpoint, Exclusions, MtlsMode, NODE_TUNNEL_TYPE, Resource, SERVICE_TYPE, Service,
+    AppProtocol, Denied, Endpoint, Exclusions, MtlsMode, NODE_TUNNEL_TYPE, Resource, SERVICE_TYPE, Service,
     ServicePort, TRUST_TYPE, Trust, TunnelProtocol, WORKLOAD_TYPE, Workload, WorkloadState,
 };
 use crate::proto::mesh as pb;
@@ -68,7 +68,7 @@ impl Resource {
         match self {
             Self::Workload(_) => WORKLOAD_TYPE,
             Self::Service(_) => SERVICE_TYPE,
-            Self::Trust(_) => TRUST_TYPE,
+            Self::Trust(_) | Self::Denied(_) => TRUST_TYPE,
             Self::NodeTunnel(_) => NODE_TUNNEL_TYPE,
         }
     }
@@ -81,6 +81,7 @@ impl Resource {
             Self::Service(s) => s.key(),
             Self::Trust(_) => TRUST_NAME.to_owned(),
             Self::NodeTunnel(t) => t.node.to_string(),
+            Self::Denied(d) => Denied::name_of(d.part),
         }
     }
 
@@ -92,6 +93,7 @@ impl Resource {
             Self::Service(s) => service_to_wire(s).encode_to_vec(),
             Self::Trust(t) => trust_to_wire(t).encode_to_vec(),
             Self::NodeTunnel(t) => tunnel::tunnel_to_wire(t).encode_to_vec(),
+            Self::Denied(d) => denied_to_wire(d).encode_to_vec(),
         };
         (self.type_url(), self.name(), bytes)
     }
@@ -115,6 +117,9 @@ impl Resource {
             ),
             SERVICE_TYPE => Self::Service(
                 service_from_wire(pb::Service::decode(bytes).map_err(not_protobuf)?).map_err(fail)?,
+            ),
+            TRUST_TYPE if Denied::part_named(name).is_some() => Self::Denied(
+                denied_from_wire(pb::Denied::decode(bytes).map_err(not_protobuf)?).map_err(fail)?,
             ),
             TRUST_TYPE => {
                 Self::Trust(trust_from_wire(pb::Trust::decode(bytes).map_err(not_protobuf)?).map_err(fail)?)
@@ -455,34 +460,61 @@ fn trust_to_wire(t: &Trust) -> pb::Trust {
     pb::Trust {
         trust_domain: t.trust_domain.to_string(),
         roots: t.roots.iter().map(|r| Bytes::copy_from_slice(r)).collect(),
-        denied_serials: t.denied_serials.iter().map(|s| Bytes::copy_from_slice(s)).collect(),
-        denied_pods: t.denied_pods.iter().map(ToString::to_string).collect(),
     }
 }
 
 fn trust_from_wire(t: pb::Trust) -> Result<Trust, FieldError> {
-    let filled = |items: Vec<Bytes>, field: &str| {
-        let one = |(i, b): (usize, Bytes)| {
-            if b.is_empty() {
-                Err(FieldError::new(format!("{field}[{i}]"), "is empty"))
-            } else {
-                Ok(Arc::from(&b[..]))
-            }
-        };
-        items.into_iter().enumerate().map(one).collect::<Result<Vec<Arc<[u8]>>, _>>()
-    };
     if t.roots.is_empty() {
         return Err(FieldError::new("roots", "a mesh without a root certificate would trust nobody"));
     }
-    Ok(Trust {
-        trust_domain: required(t.trust_domain, "trust_domain")?,
-        roots: filled(t.roots, "roots")?,
-        denied_serials: filled(t.denied_serials, "denied_serials")?,
-        denied_pods: t
-            .denied_pods
-            .into_iter()
-            .enumerate()
-            .map(|(i, uid)| required(uid, &format!("denied_pods[{i}]")))
-            .collect::<Result<_, _>>()?,
-    })
+    Ok(Trust { trust_domain: required(t.trust_domain, "trust_domain")?, roots: filled(t.roots, "roots")? })
+}
+
+fn filled(items: Vec<Bytes>, field: &str) -> Result<Vec<Arc<[u8]>>, FieldError> {
+    let one = |(i, b): (usize, Bytes)| {
+        if b.is_empty() {
+            Err(FieldError::new(format!("{field}[{i}]"), "is empty"))
+        } else {
+            Ok(Arc::from(&b[..]))
+        }
+    };
+    items.into_iter().enumerate().map(one).collect()
+}
+
+fn denied_to_wire(d: &Denied) -> pb::Denied {
+    pb::Denied {
+        part: u32::from(d.part),
+        serials: d.serials.iter().map(|s| Bytes::copy_from_slice(s)).collect(),
+        pods: d.pods.iter().map(ToString::to_string).collect(),
+    }
+}
+
+/// An entry that is not where it is looked for would be accepted, so each has to be in its part and in order.
+fn denied_from_wire(d: pb::Denied) -> Result<Denied, FieldError> {
+    let part = u16::try_from(d.part).ok().filter(|part| *part < Denied::PARTS);
+    let part =
+        part.ok_or_else(|| FieldError::new("part", format!("{} is not below {}", d.part, Denied::PARTS)))?;
+    let serials = filled(d.serials, "serials")?;
+    let one = |(i, uid): (usize, String)| required(uid, &format!("pods[{i}]"));
+    let pods: Vec<Arc<str>> = d.pods.into_iter().enumerate().map(one).collect::<Result<_, _>>()?;
+    in_part(part, &serials, "serials")?;
+    in_part(part, &pods, "pods")?;
+    Ok(Denied { part, serials, pods })
+}
+
+fn in_part<T: Ord + AsRef<[u8]> + ?Sized>(
+    part: u16,
+    entries: &[Arc<T>],
+    field: &str,
+) -> Result<(), FieldError> {
+    for (i, entry) in entries.iter().enumerate() {
+        let fail = |problem: &str| Err(FieldError::new(format!("{field}[{i}]"), problem));
+        if Denied::part_of(&**entry) != part {
+            return fail("is not of this part");
+        }
+        if i > 0 && entries[i - 1] >= *entry {
+            return fail("is not in order");
+        }
+    }
+    Ok(())
 }

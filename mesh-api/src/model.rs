@@ -200,10 +200,6 @@ pub struct Trust {
     pub trust_domain: Arc<str>,
     /// Root certificates (DER). Two while a root is being replaced.
     pub roots: Vec<Arc<[u8]>>,
-    /// Serial numbers (big-endian, as in the certificate) that are no longer accepted.
-    pub denied_serials: Vec<Arc<[u8]>>,
-    /// UIDs of pods that are gone: no certificate that bears one (DNS name `<uid>.pod.sockmesh.io`) is accepted any more.
-    pub denied_pods: Vec<Arc<str>>,
 }
 
 /// Public keys that one node may have at a time: one, two while it rotates, and what a crash in the middle of that leaves.
@@ -234,6 +230,60 @@ pub struct NodeTunnel {
     pub keys: Vec<TunnelKey>,
 }
 
+/// A part of the list of what is no longer accepted. In parts, so that a pod that goes makes each node hear of its part and
+/// not of all pods that went within the life of a certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Denied {
+    /// Which part, below [`Self::PARTS`].
+    pub part: u16,
+    /// Serial numbers (big-endian, as in the certificate), in order.
+    pub serials: Vec<Arc<[u8]>>,
+    /// UIDs of pods that are gone, in order: no certificate that bears one (DNS name `<uid>.pod.sockmesh.io`) is accepted
+    /// any more.
+    pub pods: Vec<Arc<str>>,
+}
+
+impl Denied {
+    /// Number of parts: with 10,000 entries a part has ten, with a million a thousand, some 40 kB.
+    pub const PARTS: u16 = 1 << PART_BITS;
+
+    /// The part that an entry (a serial, a UID) is in: the highest bits of its FNV-1a hash, which only has to spread.
+    #[must_use]
+    pub fn part_of(entry: impl AsRef<[u8]>) -> u16 {
+        let fold = |h: u32, b: &u8| (h ^ u32::from(*b)).wrapping_mul(0x0100_0193);
+        let hash = entry.as_ref().iter().fold(0x811c_9dc5, fold);
+        u16::try_from(hash >> (u32::BITS - PART_BITS)).unwrap_or(0)
+    }
+
+    /// Name of the resource of a part.
+    #[must_use]
+    pub fn name_of(part: u16) -> String {
+        format!("denied/{part:03x}")
+    }
+
+    /// The part that a resource of this name holds; `None` for another resource's name.
+    #[must_use]
+    pub fn part_named(name: &str) -> Option<u16> {
+        let part = u16::from_str_radix(name.strip_prefix("denied/")?, 16).ok()?;
+        (part < Self::PARTS && Self::name_of(part) == name).then_some(part)
+    }
+
+    /// Whether this part denies a serial.
+    #[must_use]
+    pub fn has_serial(&self, serial: &[u8]) -> bool {
+        self.serials.binary_search_by(|s| (**s).cmp(serial)).is_ok()
+    }
+
+    /// Whether this part denies a pod.
+    #[must_use]
+    pub fn has_pod(&self, uid: &str) -> bool {
+        self.pods.binary_search_by(|p| (**p).cmp(uid)).is_ok()
+    }
+}
+
+/// Bits of a part's number.
+const PART_BITS: u32 = 10;
+
 /// A resource of the delta stream.
 #[allow(
     clippy::large_enum_variant,
@@ -249,13 +299,15 @@ pub enum Resource {
     Trust(Trust),
     /// Type URL [`NODE_TUNNEL_TYPE`], named as the node.
     NodeTunnel(NodeTunnel),
+    /// Type URL [`TRUST_TYPE`], named by [`Denied::name_of`].
+    Denied(Denied),
 }
 
 /// Type URL of [`Workload`] resources.
 pub const WORKLOAD_TYPE: &str = "type.googleapis.com/sockmesh.v1.Workload";
 /// Type URL of [`Service`] resources.
 pub const SERVICE_TYPE: &str = "type.googleapis.com/sockmesh.v1.Service";
-/// Type URL of the [`Trust`] resource.
+/// Type URL of the [`Trust`] resource and of the parts of the deny list.
 pub const TRUST_TYPE: &str = "type.googleapis.com/sockmesh.v1.Trust";
 /// Type URL of [`NodeTunnel`] resources.
 pub const NODE_TUNNEL_TYPE: &str = "type.googleapis.com/sockmesh.v1.NodeTunnel";

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use mesh_api::codec::{content_version, tunnel_keys_from_wire, tunnel_keys_to_wire};
 use mesh_api::model::{
-    AppProtocol, Endpoint, Exclusions, MAX_TUNNEL_KEYS, MtlsMode, NODE_TUNNEL_TYPE, NodeTunnel, Resource,
-    SERVICE_TYPE, Service, ServicePort, TRUST_TYPE, Trust, TunnelKey, TunnelProtocol, WORKLOAD_TYPE,
-    Workload, WorkloadState,
+    AppProtocol, Denied, Endpoint, Exclusions, MAX_TUNNEL_KEYS, MtlsMode, NODE_TUNNEL_TYPE, NodeTunnel,
+    Resource, SERVICE_TYPE, Service, ServicePort, TRUST_TYPE, Trust, TunnelKey, TunnelProtocol,
+    WORKLOAD_TYPE, Workload, WorkloadState,
 };
 use mesh_api::proto::mesh as pb;
 use proptest::collection::vec;
@@ -124,15 +124,26 @@ fn service() -> impl Strategy<Value = Service> {
 }
 
 fn trust() -> impl Strategy<Value = Trust> {
-    let blob = || vec(any::<u8>(), 1..40).prop_map(Arc::<[u8]>::from);
-    (name(), vec(blob(), 1..3), vec(blob(), 0..5), vec(name(), 0..5)).prop_map(
-        |(trust_domain, roots, denied_serials, denied_pods)| Trust {
-            trust_domain,
-            roots,
-            denied_serials,
-            denied_pods,
-        },
-    )
+    (name(), vec(blob(), 1..3)).prop_map(|(trust_domain, roots)| Trust { trust_domain, roots })
+}
+
+fn blob() -> impl Strategy<Value = Arc<[u8]>> {
+    vec(any::<u8>(), 1..40).prop_map(Arc::<[u8]>::from)
+}
+
+/// Those of the entries that are in the part of the first one.
+fn denied() -> impl Strategy<Value = Denied> {
+    (name(), vec(blob(), 0..50), vec(name(), 0..50)).prop_map(|(first, mut serials, mut pods)| {
+        let part = Denied::part_of(&*first);
+        pods.push(first);
+        pods.retain(|p| Denied::part_of(&**p) == part);
+        serials.retain(|s| Denied::part_of(s) == part);
+        pods.sort();
+        pods.dedup();
+        serials.sort();
+        serials.dedup();
+        Denied { part, serials, pods }
+    })
 }
 
 fn tunnel_keys() -> impl Strategy<Value = Vec<TunnelKey>> {
@@ -169,6 +180,7 @@ fn resource() -> impl Strategy<Value = Resource> {
         workload().prop_map(Resource::Workload),
         service().prop_map(Resource::Service),
         trust().prop_map(Resource::Trust),
+        denied().prop_map(Resource::Denied),
     ]
 }
 
@@ -432,4 +444,29 @@ fn versions_are_stable_and_follow_the_content() {
     assert_eq!(content_version(b""), "6c62272e07bb014262b821756295c58d");
     assert_eq!(content_version(b"a"), "d228cb696f1a8caf78912b704e4a8964");
     assert_ne!(content_version(b"ab"), content_version(b"ba"));
+}
+
+#[test]
+fn an_entry_of_the_deny_list_that_would_not_be_found_is_an_error() {
+    let part = Denied::part_of("a");
+    let decode = |denied: pb::Denied, name: &str| {
+        Resource::decode(TRUST_TYPE, name, &denied.encode_to_vec()).map_err(|e| (e.field, e.problem))
+    };
+    let of = |part: u16, pods: &[&str]| pb::Denied {
+        part: u32::from(part),
+        pods: pods.iter().map(|p| (*p).to_owned()).collect(),
+        ..Default::default()
+    };
+    let name = Denied::name_of(part);
+    let Ok(Resource::Denied(found)) = decode(of(part, &["a"]), &name) else { panic!() };
+    assert!(found.has_pod("a") && !found.has_pod("b") && !found.has_serial(b"a"));
+    let elsewhere = (0..).map(|i: u32| i.to_string()).find(|s| Denied::part_of(s) != part).unwrap();
+    let (field, problem) = decode(of(part, &[&elsewhere]), &name).unwrap_err();
+    assert_eq!((field.as_str(), problem.as_str()), ("pods[0]", "is not of this part"));
+    assert_eq!(decode(of(part, &["a", "a"]), &name).unwrap_err().1, "is not in order");
+    assert_eq!(decode(of(part, &["a"]), &Denied::name_of(part ^ 1)).unwrap_err().0, "name");
+    assert_eq!(decode(of(Denied::PARTS, &[]), &name).unwrap_err().0, "part");
+    for other in ["trust", "denied/", "denied/1", "denied/400", "denied/0001", "denied/xyz"] {
+        assert_eq!(Denied::part_named(other), None, "{other}");
+    }
 }

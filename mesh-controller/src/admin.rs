@@ -211,6 +211,7 @@ fn debug(cluster: &Cluster) -> serde_json::Value {
                 Ok(Resource::Service(s)) => json!(s),
                 Ok(Resource::Trust(t)) => json!(t),
                 Ok(Resource::NodeTunnel(t)) => json!(t),
+                Ok(Resource::Denied(d)) => json!(d),
                 Err(error) => json!({ "error": error.to_string() }),
             };
             of_type.insert(name.to_string(), json!({ "version": &*encoded.version, "resource": resource }));

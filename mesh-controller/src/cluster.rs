@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ca::{Authority, Serial};
 use mesh_api::codec::{TRUST_NAME, content_version};
-use mesh_api::model::{Resource, TRUST_TYPE, Trust};
+use mesh_api::model::{Denied, Resource, TRUST_TYPE, Trust};
 pub use nodes::{KeyStore, KeysRefused};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use serde::Serialize;
@@ -30,11 +30,6 @@ use crate::metrics::Metrics;
 use crate::source::manifests::ManifestError;
 use crate::xds::nodes::Nodes;
 use crate::xds::store::Store;
-
-/// Entries of the deny list that a second is taken for, see [`ToldTrust::pause`].
-const DENIED_PER_SECOND: usize = 1000;
-/// Longest time until nodes are told of a denial.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// The authority that signs and the roots that are trusted, which change together.
 pub struct TrustAnchor {
@@ -105,32 +100,20 @@ pub struct Cluster {
     pub ca: RwLock<CaSource>,
     source: RwLock<SourceStatus>,
     loaded: AtomicBool,
-    /// Held while the trust resource is made, so that an older deny list never replaces a newer one.
-    told_trust: Mutex<Option<ToldTrust>>,
-    /// The deny list changed, and nodes have not been told yet.
-    denials_due: AtomicBool,
+    /// Held while resources of trust are made, so that an older deny list never replaces a newer one.
+    told_trust: Mutex<ToldTrust>,
     key_store: RwLock<KeyStore>,
     /// Where announcements are taken, if anywhere.
     announcements: OnceLock<mpsc::Sender<Announcement>>,
 }
 
 /// What nodes were told last of whom to trust.
+#[derive(Default)]
 struct ToldTrust {
-    /// Of its roots.
+    /// Mark of the roots.
     mark: String,
-    /// Change since which they are told.
-    since: u64,
-    at: Instant,
-    /// Entries of its deny list.
-    denied: usize,
-}
-
-impl ToldTrust {
-    /// How long to wait until the deny list is told again. It is one resource, so that a rollout of a large cluster would
-    /// send all of it to all nodes for every pod: some 40 bytes an entry, held here to some 40 kB a second and node.
-    fn pause(&self) -> Duration {
-        Duration::from_secs((self.denied / DENIED_PER_SECOND) as u64).min(LONGEST_PAUSE)
-    }
+    /// Serials and pods in each part of the deny list.
+    denied: BTreeMap<u16, (usize, usize)>,
 }
 
 impl Cluster {
@@ -156,8 +139,7 @@ impl Cluster {
             ca: RwLock::new(CaSource { mode: "files", secret: None, rotation: None }),
             source: RwLock::default(),
             loaded: AtomicBool::new(false),
-            told_trust: Mutex::new(None),
-            denials_due: AtomicBool::new(false),
+            told_trust: Mutex::default(),
             key_store: RwLock::default(),
             announcements: OnceLock::new(),
         }
@@ -309,10 +291,14 @@ impl Cluster {
             for uid in &delta.gone {
                 denied |= self.shared.deny(uid, until);
             }
-            denied |= delta.upserts.iter().any(|r| match r {
-                Resource::Workload(workload) => self.shared.is_denied(&workload.uid),
-                _ => false,
-            });
+            for resource in &delta.upserts {
+                if let Resource::Workload(workload) = resource
+                    && self.shared.is_denied(&workload.uid)
+                {
+                    self.shared.tell_again(&workload.uid);
+                    denied = true;
+                }
+            }
         }
         if first {
             let index = self.index();
@@ -323,8 +309,9 @@ impl Cluster {
         // Denied before it is removed: a node that forgets a pod also knows that its certificates are void.
         if first {
             self.publish_trust();
-        } else if denied {
-            self.tell_denials();
+        }
+        if first || denied {
+            self.publish_denied();
         }
         self.store.update(&delta.upserts, &delta.removals, heard.filter(|_| !first));
         self.loaded.store(true, Ordering::Release);
@@ -370,7 +357,7 @@ impl Cluster {
     /// Denies the certificates of a pod that went and tells the nodes.
     pub fn revoke(&self, pod_uid: &str) {
         if self.ledger.revoke(pod_uid) {
-            self.tell_denials();
+            self.publish_denied();
         }
     }
 
@@ -378,7 +365,7 @@ impl Cluster {
     pub fn prune(&self, now: OffsetDateTime) {
         let fewer_pods = self.shared.prune(now);
         if self.ledger.prune(now) || fewer_pods {
-            self.tell_denials();
+            self.publish_denied();
         }
     }
 
@@ -400,24 +387,7 @@ impl Cluster {
     /// Tells the nodes of a deny list that grew elsewhere.
     pub fn deny_list_changed(&self) {
         if self.has_trust() {
-            self.tell_denials();
-        }
-    }
-
-    /// Tells the nodes of the deny list, unless it is long and was told a moment ago; then [`Self::tell_due`] does.
-    fn tell_denials(&self) {
-        let early = self.told_trust.lock().as_ref().is_some_and(|told| told.at.elapsed() < told.pause());
-        if early {
-            self.denials_due.store(true, Ordering::Release);
-        } else {
-            self.publish_trust();
-        }
-    }
-
-    /// Tells the nodes what they have not been told yet of the deny list, when it is time. To be called every second.
-    pub fn tell_due(&self) {
-        if self.denials_due.load(Ordering::Acquire) {
-            self.tell_denials();
+            self.publish_denied();
         }
     }
 
@@ -435,36 +405,48 @@ impl Cluster {
     /// The mark of the roots that nodes are told to trust, and the change since which they are.
     #[must_use]
     pub fn told_roots(&self) -> Option<(String, u64)> {
-        self.told_trust.lock().as_ref().map(|told| (told.mark.clone(), told.since))
+        let told = self.told_trust.lock();
+        let since = self.store.changed_at(TRUST_TYPE, TRUST_NAME)?;
+        Some((told.mark.clone(), since))
     }
 
     fn publish_trust(&self) {
         let mut told = self.told_trust.lock();
-        self.denials_due.store(false, Ordering::Release);
-        let denied_serials = self.ledger.denied();
-        let mut denied_pods = self.shared.denied();
-        {
-            // A pod that is there is not gone, whatever a list once said.
-            let index = self.index();
-            denied_pods.retain(|uid| index.pod(uid).is_none_or(|(_, workload)| workload.is_none()));
-        }
-        self.metrics.denied_pods.set(i64::try_from(denied_pods.len()).unwrap_or(i64::MAX));
-        self.metrics.denied_serials.set(i64::try_from(denied_serials.len()).unwrap_or(i64::MAX));
-        let denied = denied_serials.len() + denied_pods.len();
         let anchor = self.trust_anchor();
-        let trust = Trust {
-            trust_domain: anchor.authority.trust_domain().into(),
-            roots: anchor.roots.clone(),
-            denied_serials,
-            denied_pods,
-        };
-        let mark = roots_mark(&anchor.roots);
+        told.mark = roots_mark(&anchor.roots);
+        let trust =
+            Trust { trust_domain: anchor.authority.trust_domain().into(), roots: anchor.roots.clone() };
         self.store.update(&[Resource::Trust(trust)], &[], None);
-        let since = match told.as_ref().filter(|told| told.mark == mark) {
-            Some(told) => Some(told.since),
-            None => self.store.changed_at(TRUST_TYPE, TRUST_NAME),
+    }
+
+    /// Tells the nodes of the parts of the deny list that changed.
+    fn publish_denied(&self) {
+        let mut told = self.told_trust.lock();
+        let mut parts = self.ledger.take_changed();
+        parts.extend(self.shared.take_changed());
+        let (mut upserts, mut removals) = (Vec::new(), Vec::new());
+        {
+            let index = self.index();
+            // A pod that is there is not gone, whatever a list once said.
+            let gone = |uid: &Arc<str>| index.pod(uid).is_none_or(|(_, workload)| workload.is_none());
+            for part in parts {
+                let serials = self.ledger.denied(part);
+                let pods: Vec<Arc<str>> = self.shared.denied(part).into_iter().filter(gone).collect();
+                if serials.is_empty() && pods.is_empty() {
+                    told.denied.remove(&part);
+                    removals.push((TRUST_TYPE, Denied::name_of(part)));
+                } else {
+                    told.denied.insert(part, (serials.len(), pods.len()));
+                    upserts.push(Resource::Denied(Denied { part, serials, pods }));
+                }
+            }
+        }
+        let sum = |of: fn(&(usize, usize)) -> usize| {
+            i64::try_from(told.denied.values().map(of).sum::<usize>()).unwrap_or(i64::MAX)
         };
-        *told = since.map(|since| ToldTrust { mark, since, at: Instant::now(), denied });
+        self.metrics.denied_serials.set(sum(|(serials, _)| *serials));
+        self.metrics.denied_pods.set(sum(|(_, pods)| *pods));
+        self.store.update(&upserts, &removals, None);
     }
 
     fn has_trust(&self) -> bool {

@@ -30,17 +30,18 @@ use crate::metrics::Metrics;
 use crate::nodes::service::NodeReports;
 use crate::source::manifests;
 use crate::source::watch::Watch;
-use crate::xds::server::Discovery;
+use crate::xds::server::{Discovery, beginning};
 use crate::{admin, kubernetes, tls};
 
 /// Largest request of a node: a reconnect names all that it has, some 80 bytes for each of 100,000 pods.
 const MAX_REQUEST: usize = 64 << 20;
+/// Bytes of a request that are taken before the request is read. Nearly all requests are answers of some hundred bytes;
+/// what a reconnect names waits at the node until it is its turn.
+const REQUEST_WINDOW: u32 = 64 << 10;
 /// A node that answers no HTTP/2 ping for this long is gone; also the interval of the pings.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// How often expired serials are forgotten.
 const PRUNE: Duration = Duration::from_secs(60);
-/// How often is looked whether nodes are to be told of a deny list that had to wait.
-const DUE: Duration = Duration::from_secs(1);
 /// Longest wait for open calls when stopping.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
@@ -248,7 +249,7 @@ async fn read_once(dir: &Path, cluster: &Arc<Cluster>) -> Result<()> {
     read.await.context("reading the manifests panicked")
 }
 
-/// Renews the endpoint's certificate at half of its life, forgets what has expired, and tells what is due.
+/// Renews the endpoint's certificate at half of its life and forgets what has expired.
 async fn maintain(
     config: Config,
     cluster: Arc<Cluster>,
@@ -258,7 +259,6 @@ async fn maintain(
     let mut renew = tokio::time::interval(config.server_cert_ttl / 2);
     renew.reset();
     let mut prune = tokio::time::interval(PRUNE);
-    let mut due = tokio::time::interval(DUE);
     loop {
         tokio::select! {
             _ = renew.tick() => {
@@ -273,7 +273,6 @@ async fn maintain(
                 }
             }
             _ = prune.tick() => cluster.prune(OffsetDateTime::now_utc()),
-            _ = due.tick() => cluster.tell_due(),
             () = stopping.cancelled() => return Ok(()),
         }
     }
@@ -293,6 +292,7 @@ async fn serve(
         metrics: cluster.metrics.clone(),
         trust_domain: cluster.trust_domain(),
         stopping: stopping.clone(),
+        beginning: beginning(),
     };
     let certificates = Certificates {
         authenticator,
@@ -304,6 +304,8 @@ async fn serve(
     Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .initial_stream_window_size(Some(REQUEST_WINDOW))
+        .initial_connection_window_size(Some(2 * REQUEST_WINDOW))
         .add_service(AggregatedDiscoveryServiceServer::new(discovery).max_decoding_message_size(MAX_REQUEST))
         .add_service(NodeServiceServer::new(certificates.clone()))
         .add_service(CertificateServiceServer::new(certificates))

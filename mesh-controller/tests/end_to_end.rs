@@ -363,8 +363,11 @@ async fn the_certificates_of_a_removed_pod_are_denied_also_across_a_restart() {
     assert_eq!(update.type_url, TRUST_TYPE, "nodes hear of the denial before they forget the pod");
     state.apply(update);
     let denied = |state: &State| {
-        let Resource::Trust(trust) = &state.resources[&(TRUST_TYPE, "trust".to_owned())].1 else { panic!() };
-        trust.denied_serials.iter().map(|s| s.to_vec()).collect::<BTreeSet<_>>()
+        let parts = state.resources.values().filter_map(|(_, r)| match r {
+            Resource::Denied(part) => Some(part),
+            _ => None,
+        });
+        parts.flat_map(|part| &part.serials).map(|s| s.to_vec()).collect::<BTreeSet<_>>()
     };
     let expected = BTreeSet::from([first.serial.to_vec(), second.serial.to_vec()]);
     assert_eq!(denied(&state), expected);

@@ -3,13 +3,14 @@
 //! Built from the issuance log at start, so that a pod that went while the controller was away is denied too. Nothing is
 //! stored besides: the deny list follows from the log and from the pods that there are.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
 use ca::Serial;
 use ca::deny::DenyList;
 use ca::log::{self, Kind};
+use mesh_api::model::Denied;
 use parking_lot::Mutex;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -19,6 +20,29 @@ struct State {
     /// Unexpired certificates by pod.
     of_pod: HashMap<Arc<str>, Vec<(Serial, OffsetDateTime)>>,
     denied: DenyList,
+    /// The deny list as nodes are told of it, in parts.
+    parts: BTreeMap<u16, BTreeSet<Serial>>,
+    /// Parts that changed since they were taken last.
+    changed: BTreeSet<u16>,
+}
+
+impl State {
+    fn deny(&mut self, serial: Serial, not_after: OffsetDateTime) -> bool {
+        let part = Denied::part_of(serial.as_bytes());
+        let new = self.denied.deny(serial.clone(), not_after);
+        if new {
+            self.parts.entry(part).or_default().insert(serial);
+            self.changed.insert(part);
+        }
+        new
+    }
+
+    fn divide(&mut self) {
+        self.changed.extend(std::mem::take(&mut self.parts).into_keys());
+        for serial in self.denied.serials() {
+            self.parts.entry(Denied::part_of(serial.as_bytes())).or_default().insert(serial.clone());
+        }
+    }
 }
 
 /// The ledger.
@@ -65,7 +89,7 @@ impl Ledger {
         let mut state = self.0.lock();
         let mut grown = false;
         for (serial, not_after) in state.of_pod.remove(pod_uid).unwrap_or_default() {
-            grown |= state.denied.deny(serial, not_after);
+            grown |= state.deny(serial, not_after);
         }
         grown
     }
@@ -90,13 +114,24 @@ impl Ledger {
             certificates.retain(|(_, not_after)| *not_after > now);
             !certificates.is_empty()
         });
-        state.denied.prune(now) > 0
+        let shrunk = state.denied.prune(now) > 0;
+        if shrunk {
+            state.divide();
+        }
+        shrunk
     }
 
-    /// The deny list, in order.
+    /// Parts of the deny list that changed since this was asked last.
     #[must_use]
-    pub fn denied(&self) -> Vec<Arc<[u8]>> {
-        self.0.lock().denied.serials().map(|s| Arc::from(s.as_bytes())).collect()
+    pub fn take_changed(&self) -> BTreeSet<u16> {
+        std::mem::take(&mut self.0.lock().changed)
+    }
+
+    /// A part of the deny list, in order.
+    #[must_use]
+    pub fn denied(&self, part: u16) -> Vec<Arc<[u8]>> {
+        let state = self.0.lock();
+        state.parts.get(&part).into_iter().flatten().map(|s| Arc::from(s.as_bytes())).collect()
     }
 }
 
@@ -115,9 +150,13 @@ mod tests {
         ledger.issued("u2", other, now + Duration::from_secs(60));
         assert!(ledger.revoke("u1"));
         assert!(!ledger.revoke("u1"), "nothing is left to deny");
-        assert_eq!(ledger.denied().len(), 2);
+        let all = |ledger: &Ledger| -> Vec<_> {
+            ledger.take_changed().into_iter().flat_map(|part| ledger.denied(part)).collect()
+        };
+        assert_eq!(all(&ledger).len(), 2);
+        assert!(all(&ledger).is_empty(), "nothing has changed since");
         assert!(ledger.prune(now + Duration::from_secs(3600)));
-        assert_eq!(ledger.denied(), [Arc::from(b.as_bytes())]);
+        assert_eq!(all(&ledger), [Arc::from(b.as_bytes())], "the other's part has changed as well");
     }
 
     #[test]
@@ -127,6 +166,7 @@ mod tests {
         ledger.issued("stays", Serial::random(), now);
         ledger.issued("went", Serial::random(), now);
         assert!(ledger.revoke_all_but(|uid| uid == "stays"));
-        assert_eq!(ledger.denied().len(), 1);
+        let parts = ledger.take_changed();
+        assert_eq!(parts.into_iter().flat_map(|part| ledger.denied(part)).count(), 1);
     }
 }

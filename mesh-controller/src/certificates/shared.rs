@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ca::deny::SKEW;
+use mesh_api::model::Denied;
 use parking_lot::Mutex;
 use time::OffsetDateTime;
 
@@ -60,6 +61,10 @@ struct State {
     /// By pod UID, or `node/<name>`.
     held: BTreeMap<Arc<str>, Held>,
     dirty: BTreeSet<u8>,
+    /// Pods that are gone, in the parts in which nodes are told of them.
+    gone: BTreeMap<u16, BTreeSet<Arc<str>>>,
+    /// Those parts that changed since they were taken last.
+    changed: BTreeSet<u16>,
 }
 
 /// The shared ledger, as this replica knows it.
@@ -89,6 +94,11 @@ impl State {
         let held = self.held.entry(name.clone()).or_default();
         let merged = held.merge(other);
         let changed = merged != *held;
+        if merged.gone && !held.gone {
+            let part = Denied::part_of(&*name);
+            self.gone.entry(part).or_default().insert(name.clone());
+            self.changed.insert(part);
+        }
         *held = merged;
         if changed {
             self.dirty.insert(shard_of(&name));
@@ -108,6 +118,8 @@ impl SharedLedger {
     pub fn deny(&self, uid: &str, until: OffsetDateTime) -> bool {
         let mut state = self.0.lock();
         let known = state.held.get(uid).copied().unwrap_or_default();
+        // Also when it was gone before: it may have been there again.
+        state.changed.insert(Denied::part_of(uid));
         state.merge(uid.into(), Held { until: known.until.max(until.unix_timestamp()), gone: true, ..known })
     }
 
@@ -133,10 +145,21 @@ impl SharedLedger {
         self.0.lock().held.get(uid).is_some_and(|held| held.gone)
     }
 
-    /// UIDs of pods whose certificates are denied, in order.
+    /// Parts of the deny list that changed since this was asked last.
     #[must_use]
-    pub fn denied(&self) -> Vec<Arc<str>> {
-        self.0.lock().held.iter().filter(|(_, held)| held.gone).map(|(name, _)| name.clone()).collect()
+    pub fn take_changed(&self) -> BTreeSet<u16> {
+        std::mem::take(&mut self.0.lock().changed)
+    }
+
+    /// Marks a part that has to be told again.
+    pub fn tell_again(&self, uid: &str) {
+        self.0.lock().changed.insert(Denied::part_of(uid));
+    }
+
+    /// UIDs of pods in a part of the deny list, in order.
+    #[must_use]
+    pub fn denied(&self, part: u16) -> Vec<Arc<str>> {
+        self.0.lock().gone.get(&part).into_iter().flatten().cloned().collect()
     }
 
     /// Pods and nodes whose unexpired certificate was issued under another root than `root`.
@@ -161,17 +184,21 @@ impl SharedLedger {
     pub fn prune(&self, now: OffsetDateTime) -> bool {
         let latest = (now - SKEW).unix_timestamp();
         let mut state = self.0.lock();
-        let mut dirty = BTreeSet::new();
+        let State { held, dirty, gone, changed } = &mut *state;
         let mut shrunk = false;
-        state.held.retain(|name, held| {
+        held.retain(|name, held| {
             let keep = held.until >= latest;
             if !keep {
                 dirty.insert(shard_of(name));
-                shrunk |= held.gone;
+                let part = Denied::part_of(&**name);
+                if gone.get_mut(&part).is_some_and(|pods| pods.remove(name)) {
+                    changed.insert(part);
+                    shrunk = true;
+                }
             }
             keep
         });
-        state.dirty.extend(dirty);
+        gone.retain(|_, pods| !pods.is_empty());
         shrunk
     }
 
@@ -265,6 +292,10 @@ mod tests {
         OffsetDateTime::from_unix_timestamp(1_800_000_000).unwrap()
     }
 
+    fn denied(ledger: &SharedLedger) -> Vec<Arc<str>> {
+        (0..Denied::PARTS).flat_map(|part| ledger.denied(part)).collect()
+    }
+
     fn exchange(from: &SharedLedger, to: &SharedLedger) -> bool {
         let mut grown = false;
         for shard in 0..SHARDS {
@@ -286,7 +317,7 @@ mod tests {
         for shard in 0..SHARDS {
             assert_eq!(a.encode(shard), b.encode(shard));
         }
-        assert_eq!(b.denied(), [Arc::from("pod-2")]);
+        assert_eq!(denied(&b), [Arc::from("pod-2")]);
         assert_eq!(a.under_other_roots(2, now()), Vec::<Arc<str>>::new());
         assert_eq!(a.under_other_roots(1, now()), [Arc::from("pod-1")]);
         a.issued(&node_name("n1"), 1, now() + HOUR);
@@ -303,7 +334,7 @@ mod tests {
         }
         exchange(&before, &after);
         assert!(after.deny_all_but(|uid| uid == "stays"));
-        assert_eq!(after.denied(), [Arc::from("went")]);
+        assert_eq!(denied(&after), [Arc::from("went")]);
         assert!(!after.deny_all_but(|uid| uid == "stays"));
     }
 
@@ -315,12 +346,12 @@ mod tests {
         assert!(!a.take_dirty().is_empty());
         let stored: Vec<Vec<u8>> = (0..SHARDS).map(|s| a.encode(s)).collect();
         assert!(a.prune(now()));
-        assert_eq!(a.denied(), [Arc::from("new")]);
+        assert_eq!(denied(&a), [Arc::from("new")]);
         assert_eq!(a.take_dirty(), BTreeSet::from([shard_of("old")]));
         for part in stored {
             b.merge(&part, now()).unwrap();
         }
-        assert_eq!(b.denied(), [Arc::from("new")]);
+        assert_eq!(denied(&b), [Arc::from("new")]);
         assert!(b.take_dirty().is_empty(), "what was read need not be written");
     }
 
@@ -339,5 +370,20 @@ mod tests {
         later[0] = 2;
         assert!(other.merge(&later, now()).is_err());
         assert!((0..SHARDS).all(|s| other.encode(s).is_empty()));
+    }
+
+    #[test]
+    fn what_changes_the_deny_list_names_the_part_that_nodes_have_to_hear_of() {
+        let ledger = SharedLedger::default();
+        assert!(ledger.deny("a", now() + HOUR) && ledger.deny("b", now() + 3 * HOUR));
+        let (a, b) = (Denied::part_of("a"), Denied::part_of("b"));
+        assert_ne!(a, b);
+        assert_eq!(ledger.take_changed(), BTreeSet::from([a, b]));
+        assert!(!exchange(&ledger, &ledger));
+        ledger.issued("c", 1, now() + HOUR);
+        assert!(ledger.take_changed().is_empty(), "known already, or alive");
+        assert!(ledger.prune(now() + 2 * HOUR));
+        assert_eq!(ledger.take_changed(), BTreeSet::from([a]));
+        assert_eq!(denied(&ledger), [Arc::from("b")]);
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use mesh_api::codec::RESOURCE_TYPES;
 use mesh_api::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
 use mesh_api::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +24,11 @@ use crate::tls::node_of;
 const COALESCE: Duration = Duration::from_millis(10);
 /// Responses that wait for the transport; one per type is under way at most.
 const RESPONSE_QUEUE: usize = 4;
+/// Streams whose first requests are read at a time. Each names all that its node has, and after a restart of the controller
+/// all nodes come at once; those that wait are held back by HTTP/2's windows.
+const BEGINNING: usize = 8;
+/// Longest time that one stream keeps others from beginning.
+const BEGIN_LIMIT: Duration = Duration::from_secs(5);
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -38,6 +43,14 @@ pub struct Discovery {
     pub trust_domain: Arc<str>,
     /// Streams end when it is cancelled.
     pub stopping: CancellationToken,
+    /// Who may read first requests.
+    pub beginning: Arc<Semaphore>,
+}
+
+/// As many permits as streams may begin at a time.
+#[must_use]
+pub fn beginning() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(BEGINNING))
 }
 
 #[tonic::async_trait]
@@ -94,12 +107,25 @@ impl OneStream {
             () = stopping.cancelled() => return Err(stopped()),
             () = self.responses.closed() => return Ok(()),
         }
+        let mut turn: Option<OwnedSemaphorePermit> = tokio::select! {
+            // The semaphore is never closed.
+            turn = self.service.beginning.clone().acquire_owned() => turn.ok(),
+            () = stopping.cancelled() => return Err(stopped()),
+            () = self.responses.closed() => return Ok(()),
+        };
+        let mut turn_ends = std::pin::pin!(tokio::time::sleep(BEGIN_LIMIT));
         loop {
             tokio::select! {
                 request = requests.message() => match request? {
                     None => return Ok(()),
-                    Some(request) => self.take(&request)?,
+                    Some(request) => {
+                        self.take(&request)?;
+                        if self.subscriptions.len() == RESOURCE_TYPES.len() {
+                            turn = None;
+                        }
+                    }
                 },
+                () = &mut turn_ends, if turn.is_some() => turn = None,
                 _ = version.changed() => tokio::time::sleep(COALESCE).await,
                 () = stopping.cancelled() => return Err(stopped()),
             }

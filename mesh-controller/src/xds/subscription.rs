@@ -15,8 +15,9 @@ use prost::Message as _;
 
 use super::store::{FellBehind, Store};
 
-/// Bytes of resources in a response; the last one may go beyond.
-pub const RESPONSE_BYTES: usize = 1 << 20;
+/// Bytes of resources in a response; the last one may go beyond. The transport keeps room for the largest response of each
+/// connection, so that this times some four is what a node costs.
+pub const RESPONSE_BYTES: usize = 64 << 10;
 /// Names in a response, for removals weigh nothing in bytes of resources.
 pub const RESPONSE_NAMES: usize = 10_000;
 

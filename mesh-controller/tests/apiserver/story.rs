@@ -1,9 +1,12 @@
 //! What stories begin with: a cluster with rights for the controller, pods, registered nodes.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::Api;
 use mesh_api::client::{ClientIdentity, ControllerEndpoint, DeltaClient};
-use mesh_api::model::{Resource, Trust};
+use mesh_api::model::Resource;
 use mesh_api::proto::mesh::RegisterRequest;
 use mesh_api::proto::mesh::node_service_client::NodeServiceClient;
 use serde_json::{Value, json};
@@ -119,12 +122,12 @@ pub async fn agent(api: &ApiServer, replica: &Replica, node: &str) -> Node {
     register(api, replica, node, &token).await.unwrap()
 }
 
-/// Follows a node's stream until its trust satisfies `holds`.
-pub async fn trusts(client: &mut DeltaClient, what: &str, holds: impl Fn(&Trust) -> bool) {
+/// Follows a node's stream until it says something of trust that satisfies `holds`.
+pub async fn trusts(client: &mut DeltaClient, what: &str, holds: impl Fn(&Resource) -> bool) {
     let all = async {
         loop {
             let update = client.next().await.unwrap();
-            let found = update.upserts.iter().any(|u| matches!(&u.resource, Resource::Trust(t) if holds(t)));
+            let found = update.upserts.iter().any(|u| holds(&u.resource));
             update.answer.accept();
             if found {
                 return;
@@ -134,15 +137,28 @@ pub async fn trusts(client: &mut DeltaClient, what: &str, holds: impl Fn(&Trust)
     assert!(tokio::time::timeout(PATIENCE, all).await.is_ok(), "waited in vain for {what}");
 }
 
-/// Follows a node's stream, accepting everything; gives the trust as it changes.
-pub fn follow(mut client: DeltaClient) -> watch::Receiver<Trust> {
-    let (sender, receiver) = watch::channel(Trust::default());
+/// Whom a node trusts, and whom not any more.
+#[derive(Default)]
+pub struct Trusted {
+    pub roots: Vec<Arc<[u8]>>,
+    pub denied_pods: BTreeSet<String>,
+    pub denied_serials: BTreeSet<Vec<u8>>,
+}
+
+/// Follows a node's stream, accepting everything; gives the trust as it changes. What was denied once stays so here.
+pub fn follow(mut client: DeltaClient) -> watch::Receiver<Trusted> {
+    let (sender, receiver) = watch::channel(Trusted::default());
     tokio::spawn(async move {
         while let Some(update) = client.next().await {
             for upsert in update.upserts {
-                if let Resource::Trust(trust) = upsert.resource {
-                    sender.send_replace(trust);
-                }
+                sender.send_modify(|trusted| match upsert.resource {
+                    Resource::Trust(trust) => trusted.roots = trust.roots,
+                    Resource::Denied(part) => {
+                        trusted.denied_pods.extend(part.pods.iter().map(ToString::to_string));
+                        trusted.denied_serials.extend(part.serials.iter().map(|s| s.to_vec()));
+                    }
+                    _ => {}
+                });
             }
             update.answer.accept();
         }
@@ -150,7 +166,7 @@ pub fn follow(mut client: DeltaClient) -> watch::Receiver<Trust> {
     receiver
 }
 
-pub async fn until(trust: &mut watch::Receiver<Trust>, what: &str, holds: impl FnMut(&Trust) -> bool) {
+pub async fn until(trust: &mut watch::Receiver<Trusted>, what: &str, holds: impl FnMut(&Trusted) -> bool) {
     let waited = tokio::time::timeout(PATIENCE, trust.wait_for(holds)).await;
     assert!(waited.is_ok_and(|w| w.is_ok()), "waited in vain for {what}");
 }

@@ -365,7 +365,6 @@ mod tests {
                     Resource::Trust(Trust {
                         trust_domain: "cluster.local".into(),
                         roots: vec![[1, 2, 3].into()],
-                        ..Trust::default()
                     }),
                     "v2".to_owned(),
                 ),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mesh_api::client::KnownVersion;
-use mesh_api::codec::{DecodeError, RESOURCE_TYPES};
+use mesh_api::codec::{DecodeError, RESOURCE_TYPES, TRUST_NAME};
 use mesh_api::model::{NODE_TUNNEL_TYPE, Resource, Service, Trust, Workload};
 
 use crate::ipc::proto;
@@ -79,6 +79,8 @@ pub(super) struct Mesh {
     /// Counts changes; names the state towards the worker.
     revision: u64,
     resources: BTreeMap<(&'static str, String), Stored>,
+    /// Bytes of all resources.
+    bytes: usize,
     local: BTreeMap<Arc<str>, Arc<Workload>>,
     /// Namespace of each pod that has a network of its own, and whether it is enrolled.
     memberships: BTreeMap<Arc<str>, (Arc<str>, bool)>,
@@ -137,6 +139,11 @@ impl Mesh {
             .collect()
     }
 
+    /// Bytes of all resources as they are kept.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// The workload of this UID, if it belongs to this node.
     pub(super) fn local(&self, uid: &str) -> Option<&Arc<Workload>> {
         self.local.get(uid)
@@ -187,18 +194,24 @@ impl Mesh {
         for (resource, version) in changes.upserts {
             let (type_url, name, value) = resource.encode();
             self.index(&name, &resource);
-            self.resources.insert((type_url, name), Stored { version, value: value.into() });
+            self.bytes += value.len();
+            if let Some(before) =
+                self.resources.insert((type_url, name), Stored { version, value: value.into() })
+            {
+                self.bytes -= before.value.len();
+            }
         }
         for (type_url, name) in changes.removals {
-            if self.resources.remove(&(type_url, name.clone())).is_some() {
+            if let Some(before) = self.resources.remove(&(type_url, name.clone())) {
+                self.bytes -= before.value.len();
                 match type_url {
                     mesh_api::model::WORKLOAD_TYPE => {
                         self.local.remove(name.as_str());
                         self.count(&name.as_str().into(), None);
                     }
                     mesh_api::model::SERVICE_TYPE => drop(self.refused.remove(&name)),
-                    NODE_TUNNEL_TYPE => {}
-                    _ => self.trust = None,
+                    _ if name == TRUST_NAME => self.trust = None,
+                    _ => {}
                 }
             }
         }
@@ -223,6 +236,8 @@ impl Mesh {
             }
             Resource::Trust(t) => self.trust = Some(Arc::new(t.clone())),
             Resource::NodeTunnel(_) => {}
+            // The worker's to know.
+            Resource::Denied(_) => {}
         }
     }
 
@@ -391,6 +406,7 @@ pub(super) mod tests {
         let names: Vec<&str> = full.upsert.iter().map(|r| r.name.as_str()).collect();
         assert_eq!(names, ["shop/web", "a"]);
         assert_eq!(mesh.dump().unwrap().len(), 2);
+        assert_eq!(mesh.bytes(), full.upsert.iter().map(|r| r.value.len()).sum::<usize>());
     }
 
     fn tunnel() -> Resource {

@@ -72,6 +72,12 @@ use worker::WorkerLink;
 
 /// How long changes are gathered before they go to disk.
 const SAVE_DELAY: Duration = Duration::from_millis(500);
+/// The same where the state is large, for it is written whole: it takes a second for each so many bytes, so that a cluster
+/// in which something always changes does not wear the disk out; [`LONGEST_SAVE_DELAY`] at most. What is lost by a crash
+/// meanwhile the controller has.
+const SAVED_PER_SECOND: usize = 512 << 10;
+/// Longest time until a change is on disk.
+const LONGEST_SAVE_DELAY: Duration = Duration::from_secs(30);
 
 /// What changes, behind one lock.
 struct State {
@@ -397,15 +403,28 @@ async fn save_unwritten(agent: &Agent) {
     }
 }
 
+/// How long changes of a state of this size are gathered.
+fn save_delay(bytes: usize) -> Duration {
+    let of_size = Duration::from_secs_f64(bytes as f64 / SAVED_PER_SECOND as f64);
+    of_size.clamp(SAVE_DELAY, LONGEST_SAVE_DELAY)
+}
+
 /// Keeps the last good state on disk.
 async fn follow_disk(agent: Arc<Agent>) {
     let mut changes = agent.changed.subscribe();
     let mut saved = agent.state.lock().mesh.revision();
+    let mut first = true;
     loop {
-        let revision = agent.state.lock().mesh.revision();
+        let (revision, bytes) = {
+            let state = agent.state.lock();
+            (state.mesh.revision(), state.mesh.bytes())
+        };
         if revision != saved {
-            tokio::time::sleep(SAVE_DELAY).await;
+            // The first state is what a node without a controller would miss most.
+            let delay = if first { SAVE_DELAY } else { save_delay(bytes) };
+            tokio::time::sleep(delay).await;
             save_config(&agent).await;
+            first = !agent.state.lock().mesh.is_complete();
             saved = revision;
             continue;
         }

@@ -28,7 +28,7 @@ fn root() -> Root {
     let made = Authority::make_root("cluster.local", DAY, OffsetDateTime::now_utc()).unwrap();
     let key = KeyPair::from_pem(&made.key_pem).unwrap();
     let der = pem_der(&made.certificate_pem);
-    let trust = Trust { trust_domain: "cluster.local".into(), roots: vec![der.into()], ..Trust::default() };
+    let trust = Trust { trust_domain: "cluster.local".into(), roots: vec![der.into()] };
     let issuer = Issuer::from_ca_cert_pem(&made.certificate_pem, key).unwrap();
     Root { issuer, trust: TrustState::new(&trust).unwrap() }
 }

@@ -7,7 +7,7 @@ use ca::log::MemoryLog;
 use ca::rotation::TrustStore;
 use ca::{Authority, Issued, Serial, WorkloadRequest};
 use mesh_api::identity::SpiffeId;
-use mesh_api::model::Trust;
+use mesh_api::model::{Denied, Resource, Trust};
 use rustls::client::Resumption;
 use rustls::version::TLS13;
 use rustls::{HandshakeKind, NamedGroup, ProtocolVersion};
@@ -41,13 +41,17 @@ fn authority() -> Authority {
     authority_of("cluster.local")
 }
 
-fn trust(roots: &[&[u8]], denied: &[&Serial]) -> Trust {
-    Trust {
-        trust_domain: "cluster.local".into(),
-        roots: roots.iter().map(|r| (*r).into()).collect(),
-        denied_serials: denied.iter().map(|s| s.as_bytes().into()).collect(),
-        denied_pods: Vec::new(),
-    }
+fn trust(roots: &[&[u8]]) -> Trust {
+    Trust { trust_domain: "cluster.local".into(), roots: roots.iter().map(|r| (*r).into()).collect() }
+}
+
+/// Puts a serial on a node's deny list.
+fn deny(node: &Node, serial: &Serial) {
+    let serial: std::sync::Arc<[u8]> = serial.as_bytes().into();
+    let part = Denied { part: Denied::part_of(&serial), serials: vec![serial], pods: Vec::new() };
+    let before = node.tls.trust.get().unwrap();
+    let after = TrustState::after(Some(&before), &[Resource::Denied(part)], &[], false);
+    node.tls.trust.put(after.unwrap().unwrap());
 }
 
 /// A node: keyd, its agent, and what its worker knows.
@@ -68,7 +72,7 @@ impl Node {
 
     fn trusting(ca: &Authority) -> Self {
         let node = Self::new();
-        node.tls.trust.set(&trust(&[ca.root_der()], &[])).unwrap();
+        node.tls.trust.set(&trust(&[ca.root_der()])).unwrap();
         node
     }
 
@@ -259,8 +263,8 @@ async fn peers_of_another_trust_domain_are_refused_on_both_sides_even_under_a_ro
 
     let foreign_client = Node::new();
     foreign_client.certify(&other, "client", "spiffe://other.example/ns/shop/sa/web");
-    foreign_client.tls.trust.set(&trust(&[ca.root_der()], &[])).unwrap();
-    server.tls.trust.set(&trust(&[ca.root_der(), other.root_der()], &[])).unwrap();
+    foreign_client.tls.trust.set(&trust(&[ca.root_der()])).unwrap();
+    server.tls.trust.set(&trust(&[ca.root_der(), other.root_der()])).unwrap();
     let refusal = refused_by_server(&foreign_client, &server).await;
     assert!(matches!(refusal, Refusal::WrongTrustDomain { .. }), "{refusal}");
 }
@@ -295,10 +299,10 @@ async fn a_denied_serial_is_refused_from_the_next_handshake_on() {
     let (connected, accepted) = handshake(client.connector(DB), server.acceptor()).await;
     assert!(connected.is_ok() && accepted.is_ok());
     let (at_client, at_server) = (client.certify(&ca, "client", WEB), server.certify(&ca, "server", DB));
-    server.tls.trust.set(&trust(&[ca.root_der()], &[&at_client.serial])).unwrap();
+    deny(&server, &at_client.serial);
     assert_eq!(refused_by_server(&client, &server).await, Refusal::Denied);
-    server.tls.trust.set(&trust(&[ca.root_der()], &[])).unwrap();
-    client.tls.trust.set(&trust(&[ca.root_der()], &[&at_server.serial])).unwrap();
+    server.tls.trust.set(&trust(&[ca.root_der()])).unwrap();
+    deny(&client, &at_server.serial);
     assert_eq!(refused_by_client(&client, &server).await, Refusal::Denied);
     // Another certificate of the same pod is another serial.
     server.certify(&ca, "server", DB);
@@ -376,7 +380,7 @@ async fn before_trust_or_certificates_are_known_everything_is_refused() {
     let node = Node::new();
     let connector = |node: &Node| node.tls.connector("client", &id(DB), PROTOCOLS).map(drop);
     assert_eq!(connector(&node), Err(Refusal::NoTrust));
-    node.tls.trust.set(&trust(&[ca.root_der()], &[])).unwrap();
+    node.tls.trust.set(&trust(&[ca.root_der()])).unwrap();
     assert_eq!(connector(&node), Err(Refusal::NoOwnCertificate("client".into())));
     node.certify(&ca, "client", WEB);
     assert_eq!(connector(&node), Ok(()));
@@ -397,8 +401,8 @@ async fn a_pod_that_is_gone_does_not_show_its_certificate_in_handshakes_that_wer
 #[tokio::test]
 async fn an_unusable_bundle_or_certificate_leaves_the_one_in_force() {
     let (ca, client, server) = pair();
-    assert_eq!(server.tls.trust.set(&trust(&[], &[])), Err(TrustError::NoRoot("cluster.local".into())));
-    let broken = server.tls.trust.set(&trust(&[ca.root_der(), b"no certificate"], &[]));
+    assert_eq!(server.tls.trust.set(&trust(&[])), Err(TrustError::NoRoot("cluster.local".into())));
+    let broken = server.tls.trust.set(&trust(&[ca.root_der(), b"no certificate"]));
     assert!(matches!(broken, Err(TrustError::Root { number: 2, .. })), "{broken:?}");
     let set = |uid, chain| server.tls.svids.set(uid, chain, "key", 0);
     assert!(matches!(set("server", vec![]), Err(SvidError::NotWorkload(..))));

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use mesh_api::model::{Resource, WORKLOAD_TYPE};
+use mesh_api::model::{Resource, TRUST_TYPE, WORKLOAD_TYPE};
 use redirect_bpf::FlowMaps;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -298,13 +298,13 @@ impl Control {
         for resource in &config.upsert {
             upserts.push(Resource::decode(&resource.type_url, &resource.name, &resource.value)?);
         }
-        // Whatever can be wrong is found before anything is put in force.
-        let trust = upserts
-            .iter()
-            .find_map(|r| if let Resource::Trust(trust) = r { Some(TrustState::new(trust)) } else { None })
-            .transpose()?;
         let removals: Vec<_> =
             config.remove.iter().map(|r| ResourceName { type_url: &r.type_url, name: &r.name }).collect();
+        // Whatever can be wrong is found before anything is put in force.
+        let before = self.shared.tls.trust.get().ok();
+        let gone = removals.iter().filter(|r| r.type_url == TRUST_TYPE).map(|r| r.name);
+        let gone: Vec<&str> = gone.collect();
+        let trust = TrustState::after(before.as_deref(), &upserts, &gone, config.full)?;
         self.shared
             .mesh
             .apply(upserts, &removals, config.full)

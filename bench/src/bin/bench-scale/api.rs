@@ -72,7 +72,8 @@ impl Api {
 
     /// A request with a JSON body, and the answer.
     pub(crate) async fn call(&self, method: Method, path: &str, body: &Value) -> Result<Value> {
-        let content = if method == Method::PATCH { "application/merge-patch+json" } else { "application/json" };
+        let content =
+            if method == Method::PATCH { "application/merge-patch+json" } else { "application/json" };
         let request = http::Request::builder()
             .method(method.clone())
             .uri(path)

@@ -95,9 +95,8 @@ impl Controller {
     /// The sum of a metric over all of its labels.
     pub(crate) async fn metric(&self, name: &str) -> Result<f64> {
         let text = Http::get(self.admin, "/metrics").await?;
-        let lines = text.lines().filter(|l| {
-            l.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']))
-        });
+        let lines =
+            text.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])));
         Ok(lines.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum())
     }
 

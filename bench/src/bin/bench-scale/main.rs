@@ -19,6 +19,7 @@ mod story;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -50,6 +51,9 @@ struct Args {
     /// Changes of each sort that are made one after the other.
     #[arg(long, default_value_t = 10)]
     single: usize,
+    /// Seconds in which nothing changes before each sort of changes.
+    #[arg(long, default_value_t = 3.0)]
+    idle: f64,
     /// Prints one JSON document on standard output; progress and tables go to standard error.
     #[arg(long)]
     json: bool,
@@ -96,6 +100,7 @@ pub(crate) struct Plan {
     pub(crate) rate: f64,
     pub(crate) seconds: f64,
     pub(crate) single: usize,
+    pub(crate) idle: Duration,
 }
 
 fn main() -> ExitCode {
@@ -144,6 +149,7 @@ fn run(args: &Args) -> Result<()> {
             rate: args.rate,
             seconds: args.seconds,
             single: args.single.max(1),
+            idle: Duration::try_from_secs_f64(args.idle).context("--idle is not a time")?,
         };
         // The client of the API server and that of the controller use it.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();

@@ -151,12 +151,7 @@ pub(crate) struct Phase {
 
 impl Phase {
     /// Of events that all nodes have seen.
-    pub(crate) fn of(
-        name: &'static str,
-        events: &[Arc<Event>],
-        written: Vec<Duration>,
-        cost: Cost,
-    ) -> Self {
+    pub(crate) fn of(name: &'static str, events: &[Arc<Event>], written: Vec<Duration>, cost: Cost) -> Self {
         let times: Vec<Vec<Duration>> = events.iter().map(|e| e.times()).collect();
         Self {
             name,

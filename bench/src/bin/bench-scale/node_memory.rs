@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bench::kernel::Memory;
-use mesh_api::model::WORKLOAD_TYPE;
 use serde::Serialize;
 use testbed::{Mesh, PodSpec, wait};
 
@@ -79,7 +78,7 @@ fn fill(mesh: &Mesh, size: Option<&Size>) -> Result<()> {
     };
     let node = mesh.node(1);
     wait::until("the node to know all pods", LIMIT, || {
-        let known = node.metrics()?.sum("sockmesh_config_resources", &[("type", WORKLOAD_TYPE)]);
+        let known = node.metrics()?.sum("sockmesh_config_resources", &[("type", "Workload")]);
         Ok((known as usize == expected).then_some(()))
     })
 }

@@ -75,8 +75,7 @@ pub(crate) async fn register(api: &Arc<Api>, port: u16, number: usize) -> Result
 async fn one(api: &Api, mut endpoint: ControllerEndpoint, number: usize) -> Result<ControllerEndpoint> {
     let name = node(number);
     let pod = format!("sockmesh-{name}");
-    let found =
-        api.call(Method::GET, &format!("/api/v1/namespaces/{SYSTEM}/pods/{pod}"), &json!({})).await?;
+    let found = api.call(Method::GET, &format!("/api/v1/namespaces/{SYSTEM}/pods/{pod}"), &json!({})).await?;
     let request = json!({
         "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
         "spec": {

@@ -158,7 +158,11 @@ pub(crate) fn pod(
     node_number: usize,
     account: &str,
 ) -> Value {
-    let ip = if number < AGENTS { address(number) } else { format!("172.16.{}.{}", node_number >> 8, node_number & 255) };
+    let ip = if number < AGENTS {
+        address(number)
+    } else {
+        format!("172.16.{}.{}", node_number >> 8, node_number & 255)
+    };
     let mut metadata = meta(4, number, name);
     metadata["namespace"] = json!(namespace);
     metadata["generateName"] = json!("shop-frontend-7d9c5b6f48-");
@@ -173,14 +177,22 @@ pub(crate) fn pod(
         "controller": true, "blockOwnerDeletion": true,
     }]);
     metadata["managedFields"] = json!([
-        managed("kube-controller-manager", "", json!({ "f:metadata": { "f:labels": { ".": {},
+        managed(
+            "kube-controller-manager",
+            "",
+            json!({ "f:metadata": { "f:labels": { ".": {},
             "f:app.kubernetes.io/name": {}, "f:app.kubernetes.io/version": {}, "f:pod-template-hash": {} },
             "f:ownerReferences": { ".": {}, format!("k:{{\"uid\":\"{}\"}}", uid(5, number)): {} } },
             "f:spec": { "f:containers": { "k:{\"name\":\"app\"}": { ".": {}, "f:env": {}, "f:image": {},
-            "f:livenessProbe": {}, "f:ports": {}, "f:readinessProbe": {}, "f:resources": {} } } } })),
-        managed("kubelet", "status", json!({ "f:status": { "f:conditions": { "k:{\"type\":\"Ready\"}": { ".": {},
+            "f:livenessProbe": {}, "f:ports": {}, "f:readinessProbe": {}, "f:resources": {} } } } })
+        ),
+        managed(
+            "kubelet",
+            "status",
+            json!({ "f:status": { "f:conditions": { "k:{\"type\":\"Ready\"}": { ".": {},
             "f:lastTransitionTime": {}, "f:status": {} } }, "f:containerStatuses": {}, "f:podIP": {}, "f:podIPs": {},
-            "f:phase": {}, "f:startTime": {} } })),
+            "f:phase": {}, "f:startTime": {} } })
+        ),
     ]);
     json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": metadata,
@@ -307,7 +319,8 @@ const SHARDS: usize = 16;
 /// A part of the ledger with its share of the pods that went in the last day, as the controller stores it
 /// (mesh-controller, certificates/shared.rs).
 fn ledger(size: &Size, shard: usize) -> Option<Stored> {
-    let tomorrow = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?.as_secs() + 24 * 3600;
+    let tomorrow =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?.as_secs() + 24 * 3600;
     let mut bytes = Vec::new();
     for gone in (0..size.denied).filter(|n| n % SHARDS == shard) {
         if bytes.is_empty() {

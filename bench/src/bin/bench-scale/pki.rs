@@ -40,8 +40,7 @@ fn named(common_name: &str) -> CertificateParams {
 
 fn issue(dir: &Path, name: &str, params: &CertificateParams, issuer: &Issuer<'_, KeyPair>) -> Result<()> {
     let key = KeyPair::generate().context("cannot make a key")?;
-    let certificate =
-        params.signed_by(&key, issuer).with_context(|| format!("cannot sign for {name}"))?;
+    let certificate = params.signed_by(&key, issuer).with_context(|| format!("cannot sign for {name}"))?;
     write(&dir.join(format!("{name}.crt")), &certificate.pem())?;
     write(&dir.join(format!("{name}.key")), &key.serialize_pem())
 }

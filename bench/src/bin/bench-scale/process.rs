@@ -43,7 +43,8 @@ impl Process {
 
     /// An error with the end of its log if it has ended.
     pub(crate) fn runs(&mut self) -> Result<()> {
-        let Some(status) = self.child.try_wait().with_context(|| format!("cannot look after {}", self.name))?
+        let Some(status) =
+            self.child.try_wait().with_context(|| format!("cannot look after {}", self.name))?
         else {
             return Ok(());
         };
@@ -80,7 +81,8 @@ pub(crate) struct Http {
 impl Http {
     pub(crate) async fn connect(port: u16) -> Result<Self> {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let stream = TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
+        let stream =
+            TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
         let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         tokio::spawn(connection);
         Ok(Self { sender })

@@ -83,11 +83,16 @@ impl Report {
 
     fn write(&self, text: &mut String) {
         if let Some(found) = self.sizes.first() {
-            self.row(text, &format!("{} nodes", found.size.nodes), |f| format!("{} pods", f.size.pods), "exponent");
+            self.row(
+                text,
+                &format!("{} nodes", found.size.nodes),
+                |f| format!("{} pods", f.size.pods),
+                "exponent",
+            );
             let rule: String = self.sizes.iter().map(|_| "---:|").collect();
             line(text, &format!("|---|{rule}---:|"));
             for (name, figure) in FIGURES {
-                self.figure(text, name, |f| figure(f));
+                self.figure(text, name, figure);
             }
             for (i, phase) in found.phases.iter().enumerate() {
                 self.phase(text, i, phase.name);
@@ -95,7 +100,10 @@ impl Report {
             self.goals(text);
         }
         if let Some(first) = self.node.first() {
-            line(text, "\n| pods elsewhere | a node's processes, MB resident (proportional) | more than without | of which |");
+            line(
+                text,
+                "\n| pods elsewhere | a node's processes, MB resident (proportional) | more than without | of which |",
+            );
             line(text, "|---:|---:|---:|---|");
             for found in &self.node {
                 let more = found.all.above(first.all);
@@ -104,15 +112,18 @@ impl Report {
                     .iter()
                     .map(|(name, m)| format!("{name} {:.1} ({:.1})", m.rss as f64 / MB, m.pss as f64 / MB))
                     .collect();
-                line(text, &format!(
-                    "| {} | {:.1} ({:.1}) | {:.1} ({:.1}) | {} |",
-                    found.pods,
-                    found.all.rss as f64 / MB,
-                    found.all.pss as f64 / MB,
-                    more.rss as f64 / MB,
-                    more.pss as f64 / MB,
-                    each.join(", "),
-                ));
+                line(
+                    text,
+                    &format!(
+                        "| {} | {:.1} ({:.1}) | {:.1} ({:.1}) | {} |",
+                        found.pods,
+                        found.all.rss as f64 / MB,
+                        found.all.pss as f64 / MB,
+                        more.rss as f64 / MB,
+                        more.pss as f64 / MB,
+                        each.join(", "),
+                    ),
+                );
             }
         }
     }
@@ -127,13 +138,19 @@ impl Report {
         self.row(text, "until the API server answered", |f| show(&f.phases[i].written), "");
         let each = |f: &Found| f.phases[i].events.max(1) as f64;
         self.figure(text, "mean from the API server's event on, ms", |f| f.phases[i].cost.converged_mean);
-        self.figure(text, "controller: CPU for each, ms", |f| f.phases[i].cost.cpu.controller * 1e3 / each(f));
+        self.figure(text, "controller: CPU for each, ms", |f| {
+            f.phases[i].cost.cpu.controller * 1e3 / each(f)
+        });
         self.figure(text, "API server and etcd: CPU for each, ms", |f| {
             (f.phases[i].cost.cpu.api_server + f.phases[i].cost.cpu.etcd) * 1e3 / each(f)
         });
-        self.figure(text, "all simulated nodes: CPU for each, ms", |f| f.phases[i].cost.cpu.nodes * 1e3 / each(f));
+        self.figure(text, "all simulated nodes: CPU for each, ms", |f| {
+            f.phases[i].cost.cpu.nodes * 1e3 / each(f)
+        });
         self.figure(text, "bytes to each node for each", |f| f.phases[i].cost.sent_per_node / each(f));
-        self.figure(text, "resources to each node for each", |f| f.phases[i].cost.resources_per_node / each(f));
+        self.figure(text, "resources to each node for each", |f| {
+            f.phases[i].cost.resources_per_node / each(f)
+        });
         self.figure(text, "controller: peak, MB", |f| f.phases[i].cost.memory.peak as f64 / MB);
     }
 

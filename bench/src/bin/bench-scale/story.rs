@@ -16,8 +16,6 @@ use crate::measure::{Cost, Phase, Subject};
 use crate::nodes::{self, Nodes};
 use crate::{Plan, Size, objects};
 
-/// How long nothing changes while the idle controller is looked at, and before each phase.
-const IDLE: Duration = Duration::from_secs(3);
 /// Time between the steps of a pod's life.
 const STEP: Duration = Duration::from_secs(2);
 
@@ -73,10 +71,10 @@ pub(crate) async fn play(plan: &Plan, size: Size) -> Result<Found> {
     nodes.synced().await?;
     let first_sync = story.subject(&controller, &nodes).since(&before).await?;
     say(&format!("all nodes have everything after {:.1} s", first_sync.seconds));
-    tokio::time::sleep(IDLE).await;
+    tokio::time::sleep(plan.idle).await;
     let subject = story.subject(&controller, &nodes);
     let before = subject.mark().await?;
-    tokio::time::sleep(IDLE).await;
+    tokio::time::sleep(plan.idle).await;
     let idle = subject.since(&before).await?;
 
     let mut phases = Vec::new();
@@ -85,7 +83,7 @@ pub(crate) async fn play(plan: &Plan, size: Size) -> Result<Found> {
         let phase = story.phase(&subject, kind).await.with_context(|| kind.name())?;
         say(&format!("  p50 {:.1} ms, p99 {:.1} ms to each node", phase.each.p50, phase.each.p99));
         phases.push(phase);
-        tokio::time::sleep(IDLE).await;
+        tokio::time::sleep(plan.idle).await;
     }
     say("killing the controller, starting it again");
     let restart = story.restart(&program, controller, &mut nodes).await?;
@@ -220,13 +218,14 @@ impl Story<'_> {
     /// Each pod of the namespace is a change of its own.
     async fn label(&self, value: Value, enrolled: bool) -> Result<Done> {
         let number = 1 % self.size.namespaces;
-        let expect = |pod| {
-            self.watchers.expect(&objects::pod_name(pod), Want::Enrolled(enrolled), self.size.nodes)
-        };
+        let expect =
+            |pod| self.watchers.expect(&objects::pod_name(pod), Want::Enrolled(enrolled), self.size.nodes);
         let events = objects::pods_of(&self.size, number).map(expect).collect();
         let path = format!("/api/v1/namespaces/{}", objects::namespace(number));
         let sent = Instant::now();
-        self.api.call(Method::PATCH, &path, &json!({ "metadata": { "labels": { "sockmesh.io/mesh": value } } })).await?;
+        self.api
+            .call(Method::PATCH, &path, &json!({ "metadata": { "labels": { "sockmesh.io/mesh": value } } }))
+            .await?;
         Ok((events, vec![sent.elapsed()]))
     }
 

@@ -8,6 +8,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use arc_swap::{ArcSwapOption, Guard};
+use mesh_api::codec::TRUST_NAME;
 use mesh_api::model::{
     NODE_TUNNEL_TYPE, Resource, SERVICE_TYPE, Service, TRUST_TYPE, Trust, WORKLOAD_TYPE, Workload,
 };
@@ -17,9 +18,6 @@ use super::service::ServiceState;
 use super::{Claim, MeshState, WorkloadEntry, serial};
 use crate::worker::balance::load::LoadSettings;
 use crate::worker::balance::{Balancer, EndpointSet};
-
-/// Name of the one [`Trust`] resource.
-const TRUST_NAME: &str = "trust";
 
 /// No full configuration has come yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -98,7 +96,9 @@ impl Store {
             match name.type_url {
                 WORKLOAD_TYPE => next.remove_workload(name.name),
                 SERVICE_TYPE => next.remove_service(name.name),
-                _ => next.set_trust(None)?,
+                _ if name.name == TRUST_NAME => next.set_trust(None)?,
+                // Part of the deny list, which is not looked for here.
+                _ => {}
             }
         }
         let mut workloads = Vec::with_capacity(upserts.len());
@@ -110,6 +110,7 @@ impl Store {
                 Resource::Trust(trust) => next.set_trust(Some(trust))?,
                 // Refused above.
                 Resource::NodeTunnel(_) => {}
+                Resource::Denied(_) => {}
             }
         }
         // Identities need the trust domain, so trust goes first.
@@ -150,6 +151,7 @@ impl Change {
                 Resource::Service(s) => drop(keys.insert(s.key())),
                 Resource::Trust(_) => trust = true,
                 Resource::NodeTunnel(_) => {}
+                Resource::Denied(_) => {}
             }
         }
         let gone = |name: &Arc<str>, kept: bool| (!kept).then(|| name.clone());
@@ -267,7 +269,7 @@ fn check(upserts: &[Resource], removals: &[ResourceName<'_>]) -> Result<(), Vec<
         let (type_url, name) = match resource {
             Resource::Workload(w) => (WORKLOAD_TYPE, w.uid.to_string()),
             Resource::Service(s) => (SERVICE_TYPE, s.key()),
-            Resource::Trust(_) => (TRUST_TYPE, TRUST_NAME.to_owned()),
+            Resource::Trust(_) | Resource::Denied(_) => (TRUST_TYPE, resource.name()),
             Resource::NodeTunnel(t) => (NODE_TUNNEL_TYPE, t.node.to_string()),
         };
         match resource {
@@ -275,6 +277,8 @@ fn check(upserts: &[Resource], removals: &[ResourceName<'_>]) -> Result<(), Vec<
             Resource::Service(s) => check_service(s, &mut errors),
             Resource::Trust(t) => check_trust(t, &mut errors),
             Resource::NodeTunnel(_) => errors.push(format!("{type_url} {name}: is for agents only")),
+            // Its decoder found nothing wrong, and what it denies is not for us to doubt.
+            Resource::Denied(_) => {}
         }
         if !seen.insert((type_url, name.clone())) {
             errors.push(format!("{type_url} {name}: is in the change twice"));

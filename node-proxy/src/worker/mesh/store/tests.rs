@@ -22,11 +22,7 @@ fn pod(uid: &str, address: &str) -> Workload {
 }
 
 fn trust(domain: &str) -> Resource {
-    Resource::Trust(Trust {
-        trust_domain: domain.into(),
-        roots: vec![Arc::from([1u8].as_slice())],
-        ..Trust::default()
-    })
+    Resource::Trust(Trust { trust_domain: domain.into(), roots: vec![Arc::from([1u8].as_slice())] })
 }
 
 fn service(name: &str, vip: Option<&str>, endpoints: &[(&str, &str)]) -> Service {

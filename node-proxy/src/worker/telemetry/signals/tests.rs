@@ -60,11 +60,7 @@ fn mesh() -> Mesh {
         })
     };
     let store = Store::default();
-    let trust = Trust {
-        trust_domain: "cluster.local".into(),
-        roots: vec![Arc::from([1u8].as_slice())],
-        ..Trust::default()
-    };
+    let trust = Trust { trust_domain: "cluster.local".into(), roots: vec![Arc::from([1u8].as_slice())] };
     let service = Service {
         name: "db".into(),
         namespace: "shop".into(),
