@@ -390,7 +390,7 @@ async fn a_denial_is_told_at_once_and_changes_only_its_part_of_a_long_list() {
     cluster.shared.deny("one-more", until);
     cluster.deny_list_changed();
     assert_eq!(denied(&follower), 3001.0);
-    let (changed, _) = cluster.store.since(TRUST_TYPE, seq).unwrap();
+    let changed = cluster.store.since(TRUST_TYPE, seq, 0, 10).unwrap().names;
     let part = Denied::part_of("one-more");
     assert_eq!(changed.iter().map(|name| &**name).collect::<Vec<_>>(), [Denied::name_of(part)]);
     let told = cluster.store.get(TRUST_TYPE, &changed[0]).unwrap();

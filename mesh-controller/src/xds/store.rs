@@ -83,6 +83,17 @@ struct Inner {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FellBehind;
 
+/// What [`Store::since`] finds.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Changed {
+    /// What changed or went.
+    pub names: Vec<Arc<str>>,
+    /// Up to this change.
+    pub cursor: u64,
+    /// There are later ones.
+    pub more: bool,
+}
+
 /// The store; shared by all streams.
 #[derive(Debug)]
 pub struct Store {
@@ -200,17 +211,38 @@ impl Store {
         (send, remove, inner.seq)
     }
 
-    /// Names that changed or went after change number `cursor`, and the number that this answer goes up to.
+    /// Names that changed or went after change number `cursor`, the oldest change first and at most `most`; the number that
+    /// this answer goes up to; and whether there are more. Names that went up to number `unknown` are left out, for whoever
+    /// asks has never heard of them.
     ///
     /// # Errors
     /// [`FellBehind`].
-    pub fn since(&self, type_url: &str, cursor: u64) -> Result<(Vec<Arc<str>>, u64), FellBehind> {
+    pub fn since(
+        &self,
+        type_url: &str,
+        cursor: u64,
+        unknown: u64,
+        most: usize,
+    ) -> Result<Changed, FellBehind> {
         let inner = self.inner.read();
-        let Some(of_type) = inner.types.get(type_url) else { return Ok((Vec::new(), inner.seq)) };
-        if cursor < of_type.forgotten {
+        let mut changed = Changed { names: Vec::new(), cursor: inner.seq, more: false };
+        let Some(of_type) = inner.types.get(type_url) else { return Ok(changed) };
+        if cursor.max(unknown) < of_type.forgotten {
             return Err(FellBehind);
         }
-        Ok((of_type.changes.range(cursor + 1..).map(|(_, n)| n.clone()).collect(), inner.seq))
+        for (seq, name) in of_type.changes.range(cursor + 1..) {
+            if *seq <= unknown && of_type.tombstones.contains_key(seq) {
+                continue;
+            }
+            if changed.names.len() == most {
+                changed.more = true;
+                // Up to the last one that is in it; those left out in between are not asked for again.
+                changed.cursor = seq - 1;
+                break;
+            }
+            changed.names.push(name.clone());
+        }
+        Ok(changed)
     }
 
     /// When the controller heard of the changes of a type after number `from` up to number `to`, one time per batch.
@@ -266,21 +298,43 @@ mod tests {
         list.iter().map(|n| &**n).collect()
     }
 
+    fn all_since(store: &Store, cursor: u64) -> Result<Changed, FellBehind> {
+        store.since(WORKLOAD_TYPE, cursor, 0, usize::MAX)
+    }
+
+    #[test]
+    fn changes_come_in_pages_without_what_went_before_one_asked() {
+        let store = Store::default();
+        let all: Vec<Resource> = ["a", "b", "c", "d"].map(|n| workload(n, "1")).into();
+        store.update(&all, &[], None);
+        store.update(&[], &[(WORKLOAD_TYPE, "b".to_owned())], None);
+        let begun = store.seq();
+        let page = |cursor| store.since(WORKLOAD_TYPE, cursor, begun, 2).unwrap();
+        let first = page(0);
+        assert_eq!((names(&first.names), first.more), (vec!["a", "c"], true));
+        // Told already, and gone now; changed before it was its turn.
+        store.update(&[workload("d", "2")], &[(WORKLOAD_TYPE, "a".to_owned())], None);
+        let second = page(first.cursor);
+        assert_eq!((names(&second.names), second.more), (vec!["d", "a"], false));
+        assert_eq!(second.cursor, store.seq());
+        assert_eq!(page(second.cursor).names.len(), 0);
+    }
+
     #[test]
     fn a_stream_hears_each_changed_name_once_and_only_what_is_new_to_it() {
         let store = Store::default();
         store.update(&[workload("a", "1"), workload("b", "1")], &[], None);
-        let (changed, cursor) = store.since(WORKLOAD_TYPE, 0).unwrap();
+        let Changed { names: changed, cursor, .. } = all_since(&store, 0).unwrap();
         assert_eq!(names(&changed), ["a", "b"]);
         store.update(&[workload("a", "2"), workload("a", "3"), workload("b", "1")], &[], None);
-        let (changed, cursor) = store.since(WORKLOAD_TYPE, cursor).unwrap();
+        let Changed { names: changed, cursor, .. } = all_since(&store, cursor).unwrap();
         assert_eq!(names(&changed), ["a"]);
         store.update(&[], &[(WORKLOAD_TYPE, "b".to_owned()), (WORKLOAD_TYPE, "unknown".to_owned())], None);
-        let (changed, cursor) = store.since(WORKLOAD_TYPE, cursor).unwrap();
+        let Changed { names: changed, cursor, .. } = all_since(&store, cursor).unwrap();
         assert_eq!(names(&changed), ["b"]);
         assert!(store.get(WORKLOAD_TYPE, "b").is_none());
-        assert_eq!(store.since(WORKLOAD_TYPE, cursor).unwrap().0.len(), 0);
-        assert_eq!(store.since(SERVICE_TYPE, 0).unwrap().0.len(), 0);
+        assert_eq!(all_since(&store, cursor).unwrap().names.len(), 0);
+        assert_eq!(store.since(SERVICE_TYPE, 0, 0, 10).unwrap().names.len(), 0);
     }
 
     #[test]
@@ -289,7 +343,7 @@ mod tests {
         store.update(&[workload("a", "1")], &[], None);
         store.update(&[], &[(WORKLOAD_TYPE, "a".to_owned())], None);
         store.update(&[workload("a", "1")], &[], None);
-        assert_eq!(names(&store.since(WORKLOAD_TYPE, 0).unwrap().0), ["a"]);
+        assert_eq!(names(&all_since(&store, 0).unwrap().names), ["a"]);
         assert!(store.get(WORKLOAD_TYPE, "a").is_some());
     }
 
@@ -312,11 +366,11 @@ mod tests {
         let store = Store::default();
         let all: Vec<Resource> = (0..=MAX_TOMBSTONES).map(|i| workload(&i.to_string(), "1")).collect();
         store.update(&all, &[], None);
-        let (_, cursor) = store.since(WORKLOAD_TYPE, 0).unwrap();
+        let cursor = all_since(&store, 0).unwrap().cursor;
         let removals: Vec<_> = (0..=MAX_TOMBSTONES).map(|i| (WORKLOAD_TYPE, i.to_string())).collect();
         store.update(&[], &removals, None);
-        assert_eq!(store.since(WORKLOAD_TYPE, cursor), Err(FellBehind));
-        assert_eq!(store.since(WORKLOAD_TYPE, cursor + 1).unwrap().0.len(), MAX_TOMBSTONES);
+        assert_eq!(all_since(&store, cursor), Err(FellBehind));
+        assert_eq!(all_since(&store, cursor + 1).unwrap().names.len(), MAX_TOMBSTONES);
     }
 
     #[test]

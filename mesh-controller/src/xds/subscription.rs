@@ -18,8 +18,9 @@ use super::store::{FellBehind, Store};
 /// Bytes of resources in a response; the last one may go beyond. The transport keeps room for the largest response of each
 /// connection, so that this times some four is what a node costs.
 pub const RESPONSE_BYTES: usize = 64 << 10;
-/// Names in a response, for removals weigh nothing in bytes of resources.
-pub const RESPONSE_NAMES: usize = 10_000;
+/// Names in a response, for removals weigh nothing in bytes of resources; also the names that are due at a time, so that a
+/// stream costs the same however large the state is that it is told.
+pub const RESPONSE_NAMES: usize = 1000;
 
 /// What a node answered to a response.
 #[derive(Debug, PartialEq, Eq)]
@@ -69,6 +70,10 @@ pub struct Subscription {
     names: HashSet<String>,
     /// Told up to this change, but for what is in `due`.
     cursor: u64,
+    /// There are changes after that which were there when it was looked for them.
+    more: bool,
+    /// What went up to this change the node has never heard of.
+    unknown: u64,
     /// Where it began.
     begun: u64,
     /// The node has everything up to this change; 0 until it has a whole state.
@@ -88,13 +93,22 @@ impl Subscription {
             first.resource_names_subscribe.iter().filter(|n| *n != "*").cloned().collect();
         // No name at all in the first request means all, for clients of before "*" was written.
         let wildcard = first.resource_names_subscribe.iter().any(|n| n == "*") || named.is_empty();
-        let (send, remove, cursor) = store.difference(type_url, &first.initial_resource_versions);
+        let known = &first.initial_resource_versions;
+        // Who has nothing and wants everything is told of all changes there ever were, a page at a time.
+        let everything = wildcard && named.is_empty() && known.is_empty();
+        let (send, remove, begun) = if everything {
+            (Vec::new(), Vec::new(), store.seq())
+        } else {
+            store.difference(type_url, known)
+        };
         let mut subscription = Self {
             type_url,
             wildcard,
             names: HashSet::new(),
-            cursor,
-            begun: cursor,
+            cursor: if everything { 0 } else { begun },
+            more: false,
+            unknown: if everything { begun } else { 0 },
+            begun,
             acknowledged: 0,
             due: VecDeque::new(),
             under_way: None,
@@ -103,7 +117,7 @@ impl Subscription {
         };
         subscription.due.extend(send.into_iter().filter(|n| wildcard || named.contains(&**n)));
         subscription.due.extend(remove);
-        subscription.ask_for(named, &first.initial_resource_versions);
+        subscription.ask_for(named, known);
         subscription
     }
 
@@ -132,7 +146,7 @@ impl Subscription {
             if !wildcard.is_empty() && !self.wildcard {
                 self.wildcard = true;
                 // What changed before is not known to this node any more.
-                self.cursor = 0;
+                (self.cursor, self.unknown) = (0, 0);
             }
             self.ask_for(named, &HashMap::new());
         }
@@ -171,11 +185,14 @@ impl Subscription {
         if self.under_way.is_some() {
             return Ok(None);
         }
-        if self.due.is_empty() {
-            let (changed, cursor) = store.since(self.type_url, self.cursor)?;
-            self.cursor = cursor;
+        while self.due.is_empty() {
+            let changed = store.since(self.type_url, self.cursor, self.unknown, RESPONSE_NAMES)?;
+            (self.cursor, self.more) = (changed.cursor, changed.more);
             let (wildcard, names) = (self.wildcard, &self.names);
-            self.due.extend(changed.into_iter().filter(|n| wildcard || names.contains(&**n)));
+            self.due.extend(changed.names.into_iter().filter(|n| wildcard || names.contains(&**n)));
+            if !self.more {
+                break;
+            }
         }
         if self.due.is_empty() && !self.owed {
             return Ok(None);
@@ -201,8 +218,9 @@ impl Subscription {
         self.nonces += 1;
         response.nonce = self.nonces.to_string();
         response.system_version_info = self.cursor.to_string();
-        response.more = !self.due.is_empty();
-        self.owed = false;
+        response.more = !self.due.is_empty() || self.more;
+        // Whoever was told that there is more also hears of the end.
+        self.owed = response.more;
         self.under_way = Some(UnderWay {
             nonce: response.nonce.clone(),
             state: self.cursor,

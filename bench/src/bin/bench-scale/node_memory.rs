@@ -90,7 +90,8 @@ fn look(mesh: &Mesh, pods: usize) -> Result<NodeMemory> {
     for pid in &pids {
         let file = format!("/proc/{pid}/cmdline");
         let line = std::fs::read_to_string(&file).with_context(|| format!("cannot read {file}"))?;
-        let name = line.split('\0').nth(1).unwrap_or_default().to_owned();
+        let part = |arg: &&str| ["agent", "worker", "keyd"].contains(arg);
+        let name = line.split('\0').find(part).unwrap_or("other").to_owned();
         processes.push((name, Memory::of(&[*pid])?));
     }
     processes.sort_by(|a, b| a.0.cmp(&b.0));

@@ -50,7 +50,8 @@ impl Deref for Snapshot {
 #[derive(Debug, Default)]
 pub struct Store {
     current: ArcSwapOption<MeshState>,
-    writer: Mutex<()>,
+    /// Held by who makes the next state.
+    writer: Mutex<Texts>,
     load: Arc<LoadSettings>,
 }
 
@@ -80,7 +81,7 @@ impl Store {
         removals: &[ResourceName<'_>],
         full: bool,
     ) -> Result<(), Vec<String>> {
-        let _writer = self.writer.lock();
+        let mut texts = self.writer.lock();
         let old = self.current.load_full();
         if old.is_none() && !full {
             return Err(vec![
@@ -115,11 +116,13 @@ impl Store {
         }
         // Identities need the trust domain, so trust goes first.
         let mut errors = Vec::new();
-        for workload in workloads {
+        for mut workload in workloads {
+            texts.share_those_of(&mut workload);
             if let Err(error) = next.set_workload(workload) {
                 errors.push(error);
             }
         }
+        texts.sweep();
         if !errors.is_empty() {
             return Err(errors);
         }
@@ -132,6 +135,45 @@ impl Store {
         }
         self.current.store(Some(Arc::new(state)));
         Ok(())
+    }
+}
+
+/// Texts that many workloads have in common, such as their namespace: kept once and not once for each.
+#[derive(Debug, Default)]
+struct Texts {
+    known: HashSet<Arc<str>>,
+    /// How many there were after the last sweep.
+    swept: usize,
+}
+
+impl Texts {
+    /// Texts that are kept before any sweep is worth its time.
+    const FEW: usize = 1024;
+
+    fn share(&mut self, text: &mut Arc<str>) {
+        match self.known.get(text) {
+            Some(known) => *text = known.clone(),
+            None => drop(self.known.insert(text.clone())),
+        }
+    }
+
+    fn share_those_of(&mut self, workload: &mut Workload) {
+        self.share(&mut workload.namespace);
+        self.share(&mut workload.service_account);
+        self.share(&mut workload.node);
+        self.share(&mut workload.workload_name);
+        self.share(&mut workload.app);
+        self.share(&mut workload.version);
+        self.share(&mut workload.canonical_service);
+        self.share(&mut workload.canonical_revision);
+    }
+
+    /// Forgets texts that nobody else has, once there are twice as many as there were.
+    fn sweep(&mut self) {
+        if self.known.len() > 2 * self.swept + Self::FEW {
+            self.known.retain(|text| Arc::strong_count(text) > 1);
+            self.swept = self.known.len();
+        }
     }
 }
 

@@ -305,4 +305,22 @@ fn a_worker_that_is_told_of_a_tunnel_between_nodes_says_that_it_has_no_part_in_i
     let tunnel = mesh_api::model::NodeTunnel { node: "n1".into(), ..Default::default() };
     let refused = store.apply(vec![Resource::NodeTunnel(tunnel)], &[], false).unwrap_err();
     assert_eq!(refused, [format!("{NODE_TUNNEL_TYPE} n1: is for agents only")]);
+fn texts_that_workloads_have_in_common_are_kept_once_and_go_with_the_last() {
+    let store = Store::default();
+    let of = |uid: &str, app: &str| {
+        let (mut pod, text) = (pod(uid, "10.0.0.1"), |text: &str| Arc::from(text));
+        (pod.app, pod.version) = (text(app), text("v1"));
+        Resource::Workload(pod)
+    };
+    store.apply(vec![trust("cluster.local"), of("a", "web"), of("b", "web")], &[], true).unwrap();
+    {
+        let state = store.state().unwrap();
+        let (a, b) = (state.by_uid("a").unwrap(), state.by_uid("b").unwrap());
+        assert!(Arc::ptr_eq(&a.workload.app, &b.workload.app));
+        assert!(Arc::ptr_eq(&a.workload.version, &b.workload.version));
+    }
+    for n in 0..4 * Texts::FEW {
+        store.apply(vec![of("a", &format!("app-{n}"))], &[], false).unwrap();
+    }
+    assert!(store.writer.lock().known.len() <= 2 * Texts::FEW);
 }
