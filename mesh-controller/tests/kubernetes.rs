@@ -247,8 +247,8 @@ async fn what_one_replica_signed_all_replicas_deny_and_so_do_later_ones() {
     three.ready().await;
     let debug = three.debug().await;
     let parts = debug["resources"]["Trust"].as_object().unwrap().values();
-    let pods = parts.filter_map(|part| part["resource"]["pods"].as_array()).flatten();
-    let mut denied: Vec<String> = pods.map(|u| u.as_str().unwrap().to_owned()).collect();
+    let listed = parts.filter_map(|part| part["resource"]["pods"].as_array()).flatten();
+    let mut denied: Vec<String> = listed.map(|u| u.as_str().unwrap().to_owned()).collect();
     denied.sort();
     let mut expected = vec![first, uid(&pods[1])];
     expected.sort();
