@@ -431,7 +431,7 @@ async fn a_root_is_replaced_under_handshakes_without_one_that_fails() {
         for (name, node) in [("client", &client), ("server", &server)] {
             // Prepared before the step, used after it.
             let early = (client.connector(DB), server.acceptor());
-            node.tls.trust.set(&trust(&store.roots(), &[])).unwrap();
+            node.tls.trust.set(&trust(&store.roots())).unwrap();
             let signing = if store.signing() == old.root_der() { &old } else { &new };
             node.certify(signing, name, if name == "client" { WEB } else { DB });
             store.acknowledge(name, store.generation());
