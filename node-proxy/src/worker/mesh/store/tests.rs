@@ -305,6 +305,9 @@ fn a_worker_that_is_told_of_a_tunnel_between_nodes_says_that_it_has_no_part_in_i
     let tunnel = mesh_api::model::NodeTunnel { node: "n1".into(), ..Default::default() };
     let refused = store.apply(vec![Resource::NodeTunnel(tunnel)], &[], false).unwrap_err();
     assert_eq!(refused, [format!("{NODE_TUNNEL_TYPE} n1: is for agents only")]);
+}
+
+#[test]
 fn texts_that_workloads_have_in_common_are_kept_once_and_go_with_the_last() {
     let store = Store::default();
     let of = |uid: &str, app: &str| {
