@@ -45,6 +45,8 @@ settings! {
     pub struct NodeSettings {
         /// Name of the node, as in `spec.nodeName` of its pods; empty means the host name.
         name: String = String::new(), "name";
+        /// Name of this agent among those that run on the node one after the other, `metadata.uid` of its pod; none means that it is never started again once it has handed the node over.
+        instance: String = String::new(), "name";
         /// Directory of the node's unix sockets; only root may enter it.
         run_dir: PathBuf = PathBuf::from("/run/sockmesh"), "path";
         /// Directory of what must survive a restart: last good configuration, enrolled pods, the node's certificate.
@@ -133,6 +135,8 @@ settings! {
         respawn_max: Duration = secs(5), "duration", millis(10) => secs(300);
         /// How long an enrolment may wait for the controller, the certificate and the worker.
         enrol_timeout: Duration = secs(30), "duration", millis(100) => secs(600);
+        /// How long connections may live on in the worker of an agent that has handed the node over to another.
+        takeover_drain: Duration = secs(300), "duration", Duration::ZERO => DAY;
         /// What happens to a worker or keyd at a system call that its filter does not list.
         seccomp: SeccompMode = SeccompMode::Kill, "kill | log (for finding what is missing)";
         /// Most open files of a worker.

@@ -60,6 +60,8 @@ enum Command {
     Enrol(EnrolArgs),
     /// Lets a pod go: capture ends at once, its connections may live on for worker.drain_deadline.
     Unenrol(UnenrolArgs),
+    /// Ends with success when this pod's agent is ready: for a readiness probe, where several agents share a node.
+    Ready(ReadyArgs),
     /// Shows the processes, the controller, enrolled pods and redirection counters of this node.
     Status(StatusArgs),
     /// Ends agent, worker and keyd and removes every pin, socket and file of the mesh from this node.
@@ -78,6 +80,9 @@ struct NodeArgs {
     /// Name of the node, as in `spec.nodeName` of its pods [default: the host name].
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
+    /// Name of this agent among those that run on the node one after the other: `metadata.uid` of its pod.
+    #[arg(long, value_name = "NAME", env = "POD_UID")]
+    instance: Option<String>,
     /// Directory of the node's unix sockets [default: /run/sockmesh].
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
@@ -102,8 +107,10 @@ impl NodeArgs {
                 overrides.push((name.to_owned(), path.to_string_lossy().into_owned()));
             }
         }
-        if let Some(name) = &self.node_name {
-            overrides.push(("node.name".to_owned(), name.clone()));
+        for (name, value) in [("node.name", &self.node_name), ("node.instance", &self.instance)] {
+            if let Some(value) = value {
+                overrides.push((name.to_owned(), value.clone()));
+            }
         }
         overrides
     }
@@ -194,6 +201,16 @@ struct UnenrolArgs {
 }
 
 #[derive(Args)]
+struct ReadyArgs {
+    /// Directory of the agents' sockets.
+    #[arg(long, value_name = "DIR", default_value_os_t = default_run_dir())]
+    run_dir: PathBuf,
+    /// The agent's own --instance.
+    #[arg(long, value_name = "NAME", env = "POD_UID")]
+    instance: String,
+}
+
+#[derive(Args)]
 struct StatusArgs {
     /// Directory of the agent's sockets.
     #[arg(long, value_name = "DIR", default_value_os_t = default_run_dir())]
@@ -275,6 +292,7 @@ fn print_reply(reply: Option<Reply>, run_dir: &std::path::Path, output: Output) 
             run_dir.display()
         ),
         Some(Reply::Error { message }) => anyhow::bail!(message),
+        Some(Reply::TakeOver(offer)) => anyhow::bail!("agent {} answered what it was not asked", offer.pid),
         Some(Reply::Done { message }) => println!("{message}"),
         Some(Reply::Status(status)) => match output {
             Output::Text => print!("{status}"),
@@ -307,6 +325,15 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             ask(args.run_dir, request, Output::Text)
         }
         Command::Unenrol(args) => ask(args.run_dir, Request::Unenrol { uid: args.uid }, Output::Text),
+        Command::Ready(args) => {
+            let path = agent::own_socket(&args.run_dir, &args.instance);
+            let asked = runtime()?.block_on(agent::converse_at(&path, &Request::Status))?;
+            match asked.map(|(_, reply)| reply) {
+                Some(Reply::Status(status)) if status.not_ready.is_empty() => Ok(()),
+                Some(Reply::Status(status)) => anyhow::bail!("not ready: {}", status.not_ready.join("; ")),
+                reply => print_reply(reply, &args.run_dir, Output::Text),
+            }
+        }
         Command::Status(args) => ask(args.run_dir, Request::Status, args.output),
         Command::Uninstall(args) => {
             let config = args.load(Vec::new())?;

@@ -19,7 +19,7 @@ use crate::{
     layout::{MAPS, MapSpec, Pins},
     object::{CGROUP_HOOKS, CgroupProgram, Loader},
     probe::{cgroup2_at, find_cgroup2},
-    settings::{Opened, Options},
+    settings::{Opened, Options, PodSpec},
     sys::{self, Map},
     types::{
         self, Addr, BRANCH_NAMES, ConnectionKey, EVERY_POD, ListenerKey, NodeEntry, Note, PodEntry,
@@ -55,6 +55,15 @@ impl Redirect {
     /// # Errors
     /// Names the missing file system, right or kernel feature; see also [`crate::probe`].
     pub fn open(options: &Options) -> Result<Self, Error> {
+        Self::open_with(options, &[])
+    }
+
+    /// The same, with these pods and their listeners in the maps from the first moment. Maps that are made anew cannot have
+    /// the listeners of those before them, and without a listener a pod is refused.
+    ///
+    /// # Errors
+    /// As [`Redirect::open`].
+    pub fn open_with(options: &Options, pods: &[PodSpec<'_>]) -> Result<Self, Error> {
         require_bpffs(&options.bpffs)?;
         let cgroup_path = match &options.cgroup {
             Some(path) => cgroup2_at(path),
@@ -117,6 +126,9 @@ impl Redirect {
             zero: 0,
         };
         redirect.node.insert(&0, &node).map_err(Error::sys("write map NODE"))?;
+        for pod in pods {
+            redirect.write(pod.netns_cookie, &pod.settings, &pod.listeners)?;
+        }
         for (link, program) in CGROUP_HOOKS {
             let program = CgroupProgram::load(&mut object, program)?;
             attach_or_update(&redirect.pins.links().join(link), program, cgroup.as_fd())?;
@@ -142,6 +154,25 @@ impl Redirect {
     pub fn mark_own(&self, socket: BorrowedFd<'_>) -> Result<(), Error> {
         let key = socket.as_raw_fd() as u32;
         self.own.insert(&key, &1).map_err(Error::sys("mark a socket as the mesh's own (map OWN)"))
+    }
+
+    /// The map in which [`Redirect::mark_own`] marks, for [`Redirect::use_maps`] of another process.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn own_map(&self) -> Result<OwnedFd, Error> {
+        self.own.as_fd().try_clone_to_owned().map_err(Error::sys("duplicate the descriptor of map OWN"))
+    }
+
+    /// Marks sockets in the maps of another process from now on ([`Redirect::own_map`], [`Redirect::worker_map`]), since the
+    /// programs in force look there. Nothing else of this object is of use then.
+    ///
+    /// # Errors
+    /// When a descriptor is no map of the right form.
+    pub fn use_maps(&mut self, own: OwnedFd, notes: OwnedFd) -> Result<(), Error> {
+        self.own = Map::from_fd(own).map_err(Error::sys("use another process's map OWN"))?;
+        self.notes = Map::from_fd(notes).map_err(Error::sys("use another process's map NOTES"))?;
+        Ok(())
     }
 
     /// Destinations that refuse at once (services without a ready endpoint): the whole set, compared with the last.

@@ -175,12 +175,30 @@ impl Mesh {
     /// # Errors
     /// When the binary is missing or the node does not get ready.
     pub fn start_agent(&self, node: &Node) -> Result<()> {
+        let mut process = self.launch_agent(node)?;
+        process.wait_for_port(ADMIN_PORT, START_LIMIT)?;
+        wait::until(&format!("node {} to be ready", node.name()), START_LIMIT, || {
+            if let Some(status) = process.exited()? {
+                bail!("the agent of {} ended ({status}):\n{}", node.name(), process.log()?);
+            }
+            Ok(node.admin("/healthz/ready")?.status.success().then_some(()))
+        })?;
+        self.set_agent(node, process);
+        Ok(())
+    }
+
+    /// Starts an agent on a node, and waits for nothing. If one runs there already, the new one will take the node over
+    /// from it: [`Mesh::wait_for_take_over`].
+    ///
+    /// # Errors
+    /// When the binary is missing.
+    pub fn launch_agent(&self, node: &Node) -> Result<Process> {
         let bpffs = self.mount_bpffs()?;
         for dir in [node.run_dir(), node.state_dir()] {
             make_dir(&dir)?;
         }
         let config = node.config_file();
-        let mut control = self.control.lock();
+        let control = self.control.lock();
         let mut settings = control.node_settings.clone();
         let own = json!({
             "node": {
@@ -201,23 +219,47 @@ impl Mesh {
         let text =
             serde_saphyr::to_string(&settings).context("cannot write the node's configuration as YAML")?;
         write(&config, &text)?;
-        let mut process = node
-            .launch(control.agent_program()?)
+        node.launch(control.agent_program()?)
             .label("agent")
             .open_files(NODE_FILES)
             .args(["--log-format", "json", "agent", "--config"])
             .arg(&config)
-            .spawn()?;
-        process.wait_for_port(ADMIN_PORT, START_LIMIT)?;
-        wait::until(&format!("node {} to be ready", node.name()), START_LIMIT, || {
-            if let Some(status) = process.exited()? {
-                bail!("the agent of {} ended ({status}):\n{}", node.name(), process.log()?);
-            }
-            Ok(node.admin("/healthz/ready")?.status.success().then_some(()))
-        })?;
-        control.agents.retain(|(n, _)| *n != node.number());
+            .spawn()
+    }
+
+    /// Makes a process the agent of a node; returns the one before.
+    fn set_agent(&self, node: &Node, process: Process) -> Option<Process> {
+        let mut control = self.control.lock();
+        let at = control.agents.iter().position(|(n, _)| *n == node.number());
+        let before = at.map(|at| control.agents.remove(at).1);
         control.agents.push((node.number(), process));
-        Ok(())
+        before
+    }
+
+    /// Waits until an agent that was launched beside another one has the node and is ready; returns the other one, which
+    /// may have ended already.
+    ///
+    /// # Errors
+    /// When it ends or does not get the node.
+    pub fn wait_for_take_over(&self, node: &Node, mut successor: Process) -> Result<Process> {
+        wait::until(&format!("another agent to take {} over", node.name()), START_LIMIT, || {
+            if let Some(status) = successor.exited()? {
+                bail!("the successor on {} ended ({status}):\n{}", node.name(), successor.log()?);
+            }
+            let status = node.status()?;
+            let ready = status["not_ready"].as_array().is_some_and(Vec::is_empty);
+            Ok((ready && status["agent_pid"] == successor.pid()).then_some(()))
+        })?;
+        self.set_agent(node, successor).with_context(|| format!("nobody had {}", node.name()))
+    }
+
+    /// Starts a second agent on a node and waits until it has taken the node over; returns the first one.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn replace_agent(&self, node: &Node) -> Result<Process> {
+        let successor = self.launch_agent(node)?;
+        self.wait_for_take_over(node, successor)
     }
 
     /// The pid of a node's agent.
@@ -370,6 +412,15 @@ impl Node {
             .arg(subcommand)
             .arg("--run-dir")
             .arg(self.run_dir()))
+    }
+
+    /// What the agent in charge says of it.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub fn status(&self) -> Result<Value> {
+        let text = self.command("status")?.args(["--output", "json"]).output()?.ok()?;
+        serde_json::from_str(&text).context("the status is no JSON")
     }
 
     /// Asks its admin address.

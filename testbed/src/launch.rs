@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use crate::{teardown, wait};
@@ -390,6 +390,15 @@ impl Process {
     /// When it has ended already.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         killpg(Pid::from_raw(self.pid), signal)
+            .with_context(|| format!("cannot send {signal} to {}", self.name))
+    }
+
+    /// Sends a signal to it and to no other process of its group.
+    ///
+    /// # Errors
+    /// When it has ended already.
+    pub fn signal_alone(&self, signal: Signal) -> Result<()> {
+        kill(Pid::from_raw(self.pid), signal)
             .with_context(|| format!("cannot send {signal} to {}", self.name))
     }
 

@@ -74,7 +74,9 @@ so it is told the host's paths. The mesh's own pods must come up without it.
 {{- $cni := dict "enabled" .Values.cni.enabled "exempt_namespaces" (append $exempt .Release.Namespace | uniq) -}}
 {{- $_ := set $cni "socket" (printf "%s/agent.sock" .Values.node.host.run) -}}
 {{- $_ = set $cni "knowledge" (printf "%s/cni.json" .Values.node.host.state) -}}
-{{- $own := dict "node" (dict "discover_pods" true "netns_dir" .Values.node.host.netns "cni" $cni) -}}
+{{- $node := dict "discover_pods" true "netns_dir" .Values.node.host.netns "cni" $cni -}}
+{{- $processes := dict "takeover_drain" (printf "%ds" (int .Values.node.drainSeconds)) -}}
+{{- $own := dict "node" $node "processes" $processes -}}
 {{- toYaml (mergeOverwrite (deepCopy .Values.node.config) $own) -}}
 {{- end }}
 
@@ -85,6 +87,11 @@ so it is told the host's paths. The mesh's own pods must come up without it.
 {{- end }}
 {{- if and (eq .Values.ca.mode "self-signed") .Values.ca.secret }}
 {{- fail (printf "ca.secret is %q, and ca.mode is \"self-signed\", which would leave it unused: set ca.mode to \"secret\", or leave ca.secret empty" .Values.ca.secret) }}
+{{- end }}
+{{- $surge := not (has (toString .Values.node.maxSurge) (list "0" "0%")) }}
+{{- $unavailable := not (has (toString .Values.node.maxUnavailable) (list "0" "0%")) }}
+{{- if eq $surge $unavailable }}
+{{- fail (printf "node.maxSurge is %v and node.maxUnavailable is %v: exactly one of them has to be 0 (maxSurge 1 and maxUnavailable 0 replace proxies without closing connections)" .Values.node.maxSurge .Values.node.maxUnavailable) }}
 {{- end }}
 {{- $admin := .Values.node.adminAddress | default .Values.bindAddress }}
 {{- if and .Values.monitoring.podMonitor.enabled (has $admin (list "127.0.0.1" "::1")) }}

@@ -1,9 +1,11 @@
 //! A gRPC server and client with a method of each kind.
 //!
 //! `e2e-grpc serve ADDR:PORT`, and `e2e-grpc call ADDR:PORT TEXT`, which fails unless everything is as it should be.
+//! `e2e-grpc keep ADDR:PORT` talks on one stream, and makes one call after the other beside it, until it is told to end.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use tokio::sync::mpsc;
@@ -108,12 +110,50 @@ async fn call(address: SocketAddr, text: &str) -> Result<()> {
     Ok(())
 }
 
+async fn keep(address: SocketAddr) -> Result<()> {
+    let channel = Channel::from_shared(format!("http://{address}"))?.connect().await?;
+    let mut client = TalkClient::new(channel);
+    let (say, said) = mpsc::channel(1);
+    let mut echo = client.echo(ReceiverStream::new(said)).await?.into_inner();
+    let mut end = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let (mut calls, mut repeated) = (0_u64, 0_u64);
+    loop {
+        let line = Line { text: calls.to_string() };
+        say.send(line.clone()).await.context("the stream of requests ended")?;
+        let answer = echo.try_next().await?.context("the stream of answers ended")?;
+        ensure!(answer == line, "on the stream: {answer:?}");
+        let called = match client.once(line.clone()).await {
+            // A call that crosses the server's GOAWAY on its way is not begun by the library, and is for the caller to repeat.
+            Err(status) if matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown) => {
+                eprintln!("{status:?}");
+                repeated += 1;
+                client.once(line.clone()).await?
+            }
+            called => called?,
+        };
+        ensure!(called.into_inner() == line, "another answer than asked for");
+        calls += 1;
+        println!("called {calls} repeated {repeated}");
+        tokio::select! {
+            _ = end.recv() => break,
+            () = tokio::time::sleep(Duration::from_millis(10)) => {}
+        }
+    }
+    drop(say);
+    ensure!(echo.try_next().await?.is_none(), "the stream of answers does not end");
+    println!("all were answered, repeated {repeated}");
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["serve", address] => runtime.block_on(serve(address.parse()?)),
         ["call", address, text] => runtime.block_on(call(address.parse()?, text)),
-        _ => bail!("usage: e2e-grpc serve ADDR:PORT | e2e-grpc call ADDR:PORT TEXT"),
+        ["keep", address] => runtime.block_on(keep(address.parse()?)),
+        _ => {
+            bail!("usage: e2e-grpc serve ADDR:PORT | e2e-grpc call ADDR:PORT TEXT | e2e-grpc keep ADDR:PORT")
+        }
     }
 }

@@ -9,6 +9,7 @@ mod protocols;
 mod restarts;
 mod retries;
 mod services;
+mod takeover;
 mod tcp;
 mod volume;
 
@@ -70,6 +71,11 @@ fn main() -> ExitCode {
         restarts::a_pod_that_joins_and_leaves_all_the_time_costs_no_request,
         restarts::uninstalling_leaves_nothing_and_gives_the_network_back,
         restarts::processes_have_the_rights_that_they_need_and_no_more,
+        takeover::an_agent_takes_a_node_over_from_another_under_load_and_no_request_fails,
+        takeover::an_agent_that_cannot_get_ready_leaves_the_node_to_the_other_one,
+        takeover::an_agent_that_dies_after_it_took_the_node_is_replaced_and_nothing_is_sent_plain,
+        takeover::pods_join_and_leave_while_the_node_changes_hands,
+        takeover::uninstalling_in_the_middle_of_a_take_over_leaves_nothing,
         volume::five_thousand_http_connections_at_the_same_time_are_served,
         volume::five_thousand_tcp_connections_at_the_same_time_are_each_their_own,
         volume::a_pod_takes_no_more_connections_than_it_may_from_either_node,

@@ -23,9 +23,8 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections at the same time; a scraper needs one.
 const MAX_CONNECTIONS: usize = 64;
 
-pub(super) async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
+pub(super) fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
+    std::net::TcpListener::bind(address)
         .with_context(|| format!("cannot listen on {address} (node.admin); is another agent there?"))
 }
 
@@ -43,15 +42,24 @@ pub(super) async fn serve(agent: Arc<Agent>, listener: TcpListener) {
         };
         let agent = Arc::clone(&agent);
         tokio::spawn(async move {
+            let asked = Arc::clone(&agent);
             let service = service_fn(move |request| {
-                let agent = Arc::clone(&agent);
+                let agent = Arc::clone(&asked);
                 async move { answer(&agent, &request).await }
             });
-            let served = hyper::server::conn::http1::Builder::new()
+            let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEAD_TIMEOUT)
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
+                .serve_connection(TokioIo::new(stream), service);
+            let mut connection = std::pin::pin!(connection);
+            let served = tokio::select! {
+                served = connection.as_mut() => served,
+                // A scraper that keeps its connection has to make another one, to the agent that has the node now.
+                () = agent.takeover.retired() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
             if let Err(error) = served {
                 tracing::debug!(%error, "an admin connection ended early");
             }

@@ -105,7 +105,10 @@ pub(super) async fn keep(agent: Arc<Agent>, uid: String) {
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             // Another keyd means that the key is gone; the end of all shows as a client that has no such key.
-            _ = keyds.changed() => {}
+            changed = keyds.changed() => if changed.is_err() {
+                // Nobody starts a keyd any more: the agent ends.
+                return;
+            },
             Ok(()) = roots.changed() => {}
         }
     }

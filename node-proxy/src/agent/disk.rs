@@ -18,7 +18,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mesh_api::codec::{RESOURCE_TYPES, content_version};
 use mesh_api::model::Resource;
@@ -86,6 +86,8 @@ impl CertificateRecord {
 #[derive(Debug, Default)]
 struct Health {
     failures: AtomicU64,
+    /// Another agent writes here.
+    others: AtomicBool,
     /// What could not be written and still is not, by file.
     unwritten: Mutex<BTreeMap<PathBuf, String>>,
 }
@@ -129,7 +131,15 @@ impl Disk {
         Ok(Self { dir: dir.to_owned(), health: Arc::default() })
     }
 
+    /// Of the agents of a node, only the one in charge of it writes; what another would write is left out.
+    pub(super) fn write_if(&self, in_charge: bool) {
+        self.health.others.store(!in_charge, Ordering::Relaxed);
+    }
+
     fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        if self.health.others.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let temporary = path.with_extension("new");
         let write = || {
             let mut file =
@@ -174,6 +184,9 @@ impl Disk {
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
+        if self.health.others.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         self.health.unwritten.lock().remove(path);
         match fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(about(path, "remove", &e)),

@@ -140,7 +140,7 @@ pub(super) async fn supervise(
     current: watch::Sender<Option<Arc<KeydClient>>>,
     restarts_seen: Arc<AtomicU64>,
 ) {
-    let path = process::socket(Role::Keyd, &launcher.run_dir);
+    let path = launcher.socket(Role::Keyd);
     let mut restarts = Restarts::new(&launcher.settings);
     loop {
         restarts.started();

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use super::cni::Chained;
+use super::takeover::Phase;
 use super::{Agent, status};
 
 struct Family<'a> {
@@ -174,6 +175,29 @@ pub(super) async fn own(agent: &Agent) -> String {
         family(t, name, kind, help);
         let _ = writeln!(t, "{name} {value}");
     }
+    family(
+        t,
+        "sockmesh_takeovers_total",
+        "counter",
+        "Take-overs of the node between agents, by this agent's part.",
+    );
+    let taken =
+        u64::from(agent.takeover.predecessor.lock().is_some() && agent.takeover.phase() != Phase::Preparing);
+    let takeover = &agent.takeover;
+    for (part, value) in [
+        ("taken", taken),
+        ("given", takeover.given.load(Relaxed)),
+        ("broken_off", takeover.broken_off.load(Relaxed)),
+    ] {
+        let _ = writeln!(t, "sockmesh_takeovers_total{{part=\"{part}\"}} {value}");
+    }
+    family(
+        t,
+        "sockmesh_agent_generation",
+        "gauge",
+        "Times that the node changed hands between agents since it started.",
+    );
+    let _ = writeln!(t, "sockmesh_agent_generation {}", takeover.generation);
     let counters = &agent.counters;
     family(t, "sockmesh_certificate_requests_total", "counter", "Certificates asked for, by result.");
     for (result, value) in

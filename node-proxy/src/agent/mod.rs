@@ -6,13 +6,15 @@
 //! * [`pods`] enrols pods: sockets from [`netns`], certificates from [`certificates`] (sooner when [`issuer`] is another
 //!   one), capture from `redirect-bpf`;
 //! * [`cni`] has new pods enrolled before their first instruction;
+//! * [`takeover`] hands the node over from one agent to the next, [`kernel`] is what only the one in charge holds;
 //! * [`worker`] and [`keyd`] keep the two processes below alive ([`process`]) and talk to them;
 //! * [`requests`] answers the command line, [`admin`] answers operators ([`metrics`], [`status`]);
 //! * [`uninstall`] removes every trace.
 //!
 //! Start: kernel checked → programs, maps and links adopted or made → last good state and pods from disk → keyd and worker
 //! adopted or started → controller. Capture goes on throughout, since links are pinned. The end of the agent (SIGTERM)
-//! ends nothing else: worker and keyd go on with what they have, and the next agent finds them by their sockets.
+//! ends nothing else: worker and keyd go on with what they have, and the next agent finds them by their sockets. An agent
+//! that starts while another one has the node takes it over from that one.
 //!
 //! One thread runs all of this, and a second one enters the pods' namespaces. The state has one lock; it is never held
 //! across an await, and taken before that of the redirection.
@@ -25,6 +27,7 @@ mod controller;
 mod discover;
 mod disk;
 mod issuer;
+mod kernel;
 mod keyd;
 mod mesh;
 mod metrics;
@@ -36,38 +39,40 @@ mod report;
 mod requests;
 mod rights;
 mod status;
+mod takeover;
 mod uninstall;
 mod worker;
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
-use nix::fcntl::{Flock, FlockArg};
 use parking_lot::Mutex;
-use redirect_bpf::{Opened, Redirect};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 pub use reconcile::WaitingPod;
-pub use requests::{Reply, Request, ask};
+pub use requests::{Reply, Request, ask, converse_at, own_socket};
 pub use status::{NotCovered, PodStatus, StatusDocument};
+pub use takeover::{Offer, Successor};
 pub use uninstall::{stop, uninstall};
 
 use crate::child::LogArguments;
 use crate::config::NodeConfig;
 use controller::Controller;
 use disk::Disk;
+use kernel::Kernel;
 use keyd::KeydClient;
 use mesh::Mesh;
 use mesh_api::codec::RESOURCE_TYPES;
 use netns::NetnsThread;
 use pods::{Pod, PodLocks};
 use process::Launcher;
+use requests::{Front, OwnSocket};
+use takeover::{Begun, Phase, Takeover};
 use worker::WorkerLink;
 
 /// How long changes are gathered before they go to disk.
@@ -98,11 +103,10 @@ struct Counters {
 struct Agent {
     config: NodeConfig,
     disk: Disk,
-    redirect: Mutex<Redirect>,
-    /// How the redirection was found.
-    opened: Opened,
-    /// What was decided about acceleration.
-    acceleration: acceleration::Decision,
+    /// Only when the node is this agent's, or about to be.
+    kernel: OnceLock<Kernel>,
+    takeover: Takeover,
+    front: Arc<Front>,
     netns: NetnsThread,
     /// Cookie of the node's own network namespace.
     node_cookie: u64,
@@ -122,8 +126,6 @@ struct Agent {
     controller: Controller,
     issuer: issuer::Issuer,
     counters: Counters,
-    /// Asks the agent to end, with everything below it.
-    stop: tokio::sync::Notify,
 }
 
 /// A task that ends with its handle.
@@ -135,7 +137,123 @@ impl Drop for AbortOnDrop {
     }
 }
 
+/// What is to run below an agent.
+struct ToStart {
+    launcher: Launcher,
+    keyd: watch::Sender<Option<Arc<KeydClient>>>,
+}
+
+/// What runs below an agent, and what keeps it supplied: in every phase.
+struct Below {
+    /// Ends when the worker has drained.
+    worker: JoinHandle<()>,
+    tasks: Vec<AbortOnDrop>,
+}
+
+impl Drop for Below {
+    fn drop(&mut self) {
+        self.worker.abort();
+    }
+}
+
+impl ToStart {
+    fn start(self, agent: &Arc<Agent>) -> Below {
+        let Self { launcher, keyd } = self;
+        let restarts = Arc::clone(&agent.counters.keyd_restarts);
+        let tasks = vec![
+            AbortOnDrop(tokio::spawn(keyd::supervise(launcher.clone(), keyd, restarts))),
+            AbortOnDrop(tokio::spawn(controller::keep_identity(Arc::clone(agent)))),
+            AbortOnDrop(tokio::spawn(controller::receive(Arc::clone(agent)))),
+            AbortOnDrop(tokio::spawn(issuer::follow(Arc::clone(agent)))),
+        ];
+        Below { worker: tokio::spawn(worker::supervise(Arc::clone(agent), launcher)), tasks }
+    }
+}
+
+/// What the agent does that has the node.
+fn start_in_charge(agent: &Arc<Agent>) -> Vec<AbortOnDrop> {
+    vec![
+        AbortOnDrop(tokio::spawn(certificates::drop_strays(Arc::clone(agent)))),
+        AbortOnDrop(tokio::spawn(report::keep(Arc::clone(agent)))),
+        AbortOnDrop(tokio::spawn(pods::follow(Arc::clone(agent)))),
+        AbortOnDrop(tokio::spawn(reconcile::keep(Arc::clone(agent)))),
+        AbortOnDrop(tokio::spawn(cni::follow(Arc::clone(agent)))),
+        AbortOnDrop(tokio::spawn(cni::keep(Arc::clone(agent)))),
+        AbortOnDrop(tokio::spawn(follow_refused(Arc::clone(agent)))),
+        AbortOnDrop(tokio::spawn(follow_disk(Arc::clone(agent)))),
+    ]
+}
+
 impl Agent {
+    /// An agent with what it finds on disk; nothing runs yet.
+    fn make(
+        config: &NodeConfig,
+        log: &LogArguments,
+        generation: u64,
+        phase: Phase,
+        front: &Arc<Front>,
+    ) -> anyhow::Result<(Arc<Self>, ToStart)> {
+        let config = config.clone();
+        let disk = Disk::open(&config.node.state_dir)?;
+        let node_netns = std::fs::File::open("/proc/self/ns/net")
+            .and_then(discover::inode)
+            .context("cannot look at the node's network namespace")?;
+        let mut mesh = Mesh::new(config.node.name.clone());
+        match disk.load_config() {
+            Ok(changes) if changes.upserts.is_empty() => {}
+            Ok(changes) => {
+                tracing::info!(
+                    resources = changes.upserts.len(),
+                    "starting from the last good configuration"
+                );
+                mesh.apply(changes);
+                // Only complete states are saved.
+                RESOURCE_TYPES.into_iter().for_each(|t| mesh.completed(t));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "starting without a configuration until the controller sends one")
+            }
+        }
+        let knowledge = disk.load_knowledge().unwrap_or_else(|error| {
+            tracing::warn!(%error, "the CNI plugin is told anew who is in the mesh");
+            None
+        });
+        let (keyd_sender, keyd) = watch::channel(None);
+        let launcher = Launcher {
+            run_dir: config.node.run_dir.clone(),
+            generation,
+            settings: config.processes.clone(),
+            log: log.clone(),
+        };
+        let agent = Self {
+            netns: NetnsThread::start(&config.worker.timeouts)
+                .context("cannot start the namespace thread")?,
+            controller: Controller::new(config.controller.clone()),
+            issuer: issuer::Issuer::default(),
+            disk,
+            kernel: OnceLock::new(),
+            takeover: Takeover::new(generation, phase),
+            front: Arc::clone(front),
+            node_cookie: kernel::node_cookie()?,
+            node_netns,
+            waiting: reconcile::Waiting::default(),
+            knowledge: Mutex::new(knowledge),
+            cni: Mutex::default(),
+            state: Mutex::new(State { mesh, pods: BTreeMap::new(), worker: None }),
+            pod_locks: PodLocks::default(),
+            changed: watch::Sender::new(()),
+            keyd,
+            counters: Counters::default(),
+            config,
+        };
+        Ok((Arc::new(agent), ToStart { launcher, keyd: keyd_sender }))
+    }
+
+    /// The hold on the kernel, for what only happens when there is one.
+    fn kernel(&self) -> &Kernel {
+        self.kernel.get().expect("an agent changes pods only once the node is its own")
+    }
+
     /// Wakes everyone who waits for a change of the state.
     fn touch(&self) {
         self.changed.send_replace(());
@@ -176,21 +294,6 @@ fn check_kernel(bpffs: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One agent per run directory: the lock lives as long as the process.
-fn lock(run_dir: &Path) -> anyhow::Result<Flock<std::fs::File>> {
-    let path = run_dir.join("agent.lock");
-    let file = std::fs::File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
-        nix::errno::Errno::EWOULDBLOCK => {
-            anyhow::anyhow!(
-                "another agent runs with {}; end it first, or choose another --run-dir",
-                run_dir.display()
-            )
-        }
-        e => anyhow::anyhow!("cannot lock {}: {e}", path.display()),
-    })
-}
-
 /// Runs the agent until it is told to end. `log` goes to the processes below it.
 ///
 /// # Errors
@@ -207,121 +310,95 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
     }
     raise_file_limit();
     disk::make_private_dir(&config.node.run_dir)?;
-    let _lock = lock(&config.node.run_dir)?;
-    let disk = Disk::open(&config.node.state_dir)?;
     check_kernel(&config.node.bpffs)?;
-
-    let node_cookie = {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
-            .context("cannot make a socket")?;
-        redirect_bpf::netns_cookie(socket.as_fd())
-            .context("cannot read the cookie of the node's namespace")?
-    };
-    let node_netns = std::fs::File::open("/proc/self/ns/net")
-        .and_then(discover::inode)
-        .context("cannot look at the node's network namespace")?;
-    let mut redirect = Redirect::open(&redirect_bpf::Options {
-        bpffs: config.node.bpffs.clone(),
-        node: config.node.name.clone(),
-        cgroup: config.node.cgroup.clone(),
-        node_netns_cookie: node_cookie,
-        exclusions: redirect_bpf::Exclusions::default(),
-    })
-    .context("cannot install the redirection")?;
-    let opened = redirect.opened().clone();
-    let acceleration = acceleration::decide(config.node.acceleration, &mut redirect);
-    tracing::info!(
-        node = config.node.name,
-        redirection = ?opened,
-        acceleration = ?acceleration.states,
-        "the agent starts"
-    );
-
-    let mut mesh = Mesh::new(config.node.name.clone());
-    match disk.load_config() {
-        Ok(changes) if changes.upserts.is_empty() => {}
-        Ok(changes) => {
-            tracing::info!(resources = changes.upserts.len(), "starting from the last good configuration");
-            mesh.apply(changes);
-            // Only complete states are saved.
-            RESOURCE_TYPES.into_iter().for_each(|t| mesh.completed(t));
-        }
-        Err(error) => {
-            tracing::warn!(%error, "starting without a configuration until the controller sends one")
-        }
-    }
-    let knowledge = disk.load_knowledge().unwrap_or_else(|error| {
-        tracing::warn!(%error, "the CNI plugin is told anew who is in the mesh");
-        None
-    });
-    let (keyd_sender, keyd) = watch::channel(None);
-    let launcher = Launcher { run_dir: config.node.run_dir.clone(), settings: config.processes.clone(), log };
-    let agent = Arc::new(Agent {
-        netns: NetnsThread::start(&config.worker.timeouts).context("cannot start the namespace thread")?,
-        controller: Controller::new(config.controller.clone()),
-        issuer: issuer::Issuer::default(),
-        disk,
-        redirect: Mutex::new(redirect),
-        opened,
-        acceleration,
-        node_cookie,
-        node_netns,
-        waiting: reconcile::Waiting::default(),
-        knowledge: Mutex::new(knowledge),
-        cni: Mutex::default(),
-        state: Mutex::new(State { mesh, pods: BTreeMap::new(), worker: None }),
-        pod_locks: PodLocks::default(),
-        changed: watch::Sender::new(()),
-        keyd,
-        counters: Counters::default(),
-        stop: tokio::sync::Notify::new(),
-        config,
-    });
-    pods::restore(&agent)?;
-    // Before anything is started, so that a port in use ends the start and nothing else.
-    let admin = admin::bind(agent.config.node.admin).await?;
-    let requests = requests::bind(&agent.config.node.run_dir)?;
-
-    let below = [
-        AbortOnDrop(tokio::spawn(keyd::supervise(
-            launcher.clone(),
-            keyd_sender,
-            Arc::clone(&agent.counters.keyd_restarts),
-        ))),
-        AbortOnDrop(tokio::spawn(worker::supervise(Arc::clone(&agent), launcher))),
-    ];
-    let _tasks = [
-        AbortOnDrop(tokio::spawn(controller::keep_identity(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(controller::receive(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(report::keep(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(certificates::drop_strays(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(issuer::follow(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(pods::follow(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(reconcile::keep(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(cni::follow(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(cni::keep(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(follow_refused(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(follow_disk(Arc::clone(&agent)))),
-        AbortOnDrop(tokio::spawn(admin::serve(Arc::clone(&agent), admin))),
-        AbortOnDrop(tokio::spawn(requests::serve(Arc::clone(&agent), requests))),
-    ];
-
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
         .context("cannot wait for SIGTERM")?;
+    let mut interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())
+        .context("cannot wait for SIGINT")?;
+    let front = Arc::new(Front::default());
+    let _own = OwnSocket::serve(&config.node, &front)?;
+    tracing::info!(node = config.node.name, "the agent starts");
+
+    let begun = tokio::select! {
+        begun = takeover::begin(&config, &log, &front) => begun?,
+        _ = terminate.recv() => return end_unneeded(&front).await,
+        _ = interrupt.recv() => return end_unneeded(&front).await,
+        () = front.stop.notified() => return end_unneeded(&front).await,
+    };
     tokio::select! {
-        _ = terminate.recv() => tracing::info!("ending; worker and keyd go on and wait for the next agent"),
-        result = tokio::signal::ctrl_c() => {
-            result.context("cannot wait for SIGINT")?;
+        ended = serve(begun, &mut terminate) => ended,
+        _ = interrupt.recv() => {
             tracing::info!("ending; worker and keyd go on and wait for the next agent");
+            Ok(())
         }
-        () = agent.stop.notified() => {
-            tracing::info!("ending, with worker and keyd");
-            drop(below);
-            end_below(&agent).await?;
+    }?;
+    if let Some(agent) = front.agent() {
+        save_config(&agent).await;
+    }
+    Ok(())
+}
+
+/// Ends an agent that did not get the node; the one that has it goes on.
+async fn end_unneeded(front: &Front) -> anyhow::Result<()> {
+    tracing::info!("ending without having had the node");
+    match front.agent() {
+        Some(agent) => takeover::end_own(&agent).await,
+        None => Ok(()),
+    }
+}
+
+/// Has the node until another agent takes it over or this one is told to end. Then an agent that was alone leaves worker and
+/// keyd to the next; one that has handed the node over stays until its worker has drained.
+async fn serve(begun: Begun, terminate: &mut tokio::signal::unix::Signal) -> anyhow::Result<()> {
+    let Begun { agent, mut below, in_charge } = begun;
+    let mut in_charge = Some(in_charge);
+    let mut told_to_end = false;
+    let mut drained = false;
+    let mut abandoned = std::pin::pin!(takeover::abandoned(&agent.config.node.run_dir));
+    loop {
+        let phase = agent.takeover.phase();
+        // A successor that gets ready needs this one, whose time to end is long enough for a drain.
+        if told_to_end && phase == Phase::InCharge && agent.takeover.successor().is_none() {
+            tracing::info!("ending; worker and keyd go on and wait for the next agent");
+            return Ok(());
+        }
+        // Where a container would be started again, its end is left to whoever stops it.
+        if drained && (told_to_end || agent.config.node.instance.is_empty()) {
+            agent.takeover.all_answered().await;
+            tracing::info!("the worker has drained; ending");
+            return Ok(());
+        }
+        tokio::select! {
+            signal = terminate.recv() => {
+                tracing::info!(phase = phase.name(), "told to end");
+                if told_to_end || signal.is_none() {
+                    return Ok(());
+                }
+                told_to_end = true;
+            }
+            () = agent.front.stop.notified() => {
+                tracing::info!("ending, with worker and keyd");
+                drop((below, in_charge));
+                return end_below(&agent).await;
+            }
+            () = agent.takeover.alone(), if told_to_end && phase == Phase::InCharge => {}
+            () = agent.takeover.retired(), if in_charge.is_some() => drop(in_charge.take()),
+            () = &mut abandoned, if !drained && phase == Phase::Retired => {
+                tracing::warn!("nobody has had this node for a while; ending the worker that drains");
+                drained = true;
+                below.tasks.clear();
+                below.worker.abort();
+                end_below(&agent).await?;
+            }
+            ended = &mut below.worker, if !drained && phase == Phase::Retired => {
+                ended.context("the worker's supervisor failed")?;
+                drained = true;
+                // Nobody signs any more.
+                below.tasks.clear();
+                end_below(&agent).await?;
+            }
         }
     }
-    save_config(&agent).await;
-    Ok(())
 }
 
 /// Every pod costs a handful of descriptors here; the usual soft limit of 1024 is no reason to refuse one.
@@ -355,7 +432,8 @@ async fn follow_refused(agent: Arc<Agent>) {
             (revision, (done_for != Some(revision)).then(|| state.mesh.refused()))
         };
         if let Some(refused) = refused {
-            match agent.redirect.lock().set_refused(&refused) {
+            let Ok(_changing) = agent.takeover.may_change().await else { return };
+            match agent.kernel().redirect.lock().set_refused(&refused) {
                 Ok(()) => done_for = Some(revision),
                 Err(error) => tracing::error!(
                     %error,

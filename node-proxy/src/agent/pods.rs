@@ -19,8 +19,10 @@ use tokio::time::Instant;
 
 use super::certificates::{self, CertificateError, HeldCertificate};
 use super::disk::PodRecord;
+use super::kernel::Kernel;
 use super::netns::{self, Listeners};
-use super::{AbortOnDrop, Agent, discover};
+use super::takeover::{GivenPod, Retired};
+use super::{AbortOnDrop, Agent, State, discover};
 use crate::ipc::proto::{ListenerKind, QueryKind};
 
 /// Pause before another worker is asked.
@@ -37,7 +39,7 @@ pub(super) struct Pod {
     /// Inode of the namespace.
     pub(super) inode: u64,
     /// Addresses that the namespace had when the pod was enrolled: they count until the controller knows some.
-    own_addresses: Vec<IpAddr>,
+    pub(super) own_addresses: Vec<IpAddr>,
     /// Empty while nobody knows: after a restart, until the worker is found or started.
     pub(super) listeners: Listeners,
     pub(super) certificate: Option<HeldCertificate>,
@@ -120,7 +122,9 @@ pub(super) fn capture(agent: &Agent, uid: &str) -> anyhow::Result<()> {
     let mut state = agent.state.lock();
     let state = &mut *state;
     let (Some(workload), Some(pod)) = (state.mesh.local(uid), state.pods.get_mut(uid)) else { return Ok(()) };
-    let settings = settings_of(workload, &pod.own_addresses, agent.acceleration.directions);
+    // Nothing is captured by an agent that has not got the node yet.
+    let Some(kernel) = agent.kernel.get() else { return Ok(()) };
+    let settings = settings_of(workload, &pod.own_addresses, kernel.acceleration.directions);
     if !pod.ready || pod.listeners.is_empty() || pod.applied.as_ref() == Some(&settings) {
         return Ok(());
     }
@@ -130,7 +134,7 @@ pub(super) fn capture(agent: &Agent, uid: &str) -> anyhow::Result<()> {
         settings: settings.clone(),
         listeners: borrow(&pod.listeners),
     };
-    agent.redirect.lock().enrol(&spec).with_context(|| format!("cannot capture pod {uid}"))?;
+    kernel.redirect.lock().enrol(&spec).with_context(|| format!("cannot capture pod {uid}"))?;
     pod.applied = Some(settings);
     Ok(())
 }
@@ -166,7 +170,7 @@ fn insert(
     };
     let renewal = AbortOnDrop(tokio::spawn(certificates::keep(Arc::clone(agent), uid.to_owned())));
     let mut state = agent.state.lock();
-    if let Some(worker) = &state.worker {
+    if let Some(worker) = state.worker.as_ref().filter(|_| !listeners.is_empty()) {
         worker.pod_added(uid, record.cookie, &listeners);
     }
     let pod = Pod {
@@ -201,6 +205,7 @@ pub(super) async fn enrol(
     let _guard = agent.pod_locks.lock(uid).await;
     let deadline = Instant::now() + timeout;
     wait_for_workload(agent, uid, deadline).await?;
+    let _changing = agent.takeover.may_change().await?;
 
     let netns = match netns {
         Some(netns) => netns,
@@ -386,6 +391,7 @@ pub(super) async fn unenrol(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<boo
     if !agent.state.lock().pods.contains_key(uid) {
         return Ok(false);
     }
+    let _changing = agent.takeover.may_change().await?;
     release(agent, uid)?;
     save(agent);
     tracing::info!(uid, "unenrolled");
@@ -398,6 +404,7 @@ fn release(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<()> {
         let mut state = agent.state.lock();
         let Some(pod) = state.pods.get(uid) else { return Ok(()) };
         agent
+            .kernel()
             .redirect
             .lock()
             .unenrol(pod.cookie)
@@ -479,7 +486,7 @@ pub(super) fn restore(agent: &Arc<Agent>) -> anyhow::Result<()> {
         }
     }
     let known: Vec<u64> = agent.state.lock().pods.values().map(|pod| pod.cookie).collect();
-    let mut redirect = agent.redirect.lock();
+    let mut redirect = agent.kernel().redirect.lock();
     for pod in redirect.pods().context("cannot read the captured pods")? {
         if known.contains(&pod.netns_cookie) {
             continue;
@@ -496,6 +503,117 @@ pub(super) fn restore(agent: &Arc<Agent>) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Takes up the pods that another agent has enrolled, as far as they are known, so that their certificates are there when
+/// that one hands them over. Nobody hears of them yet.
+pub(super) fn foresee(agent: &Arc<Agent>) {
+    let records = agent.disk.load_pods().unwrap_or_else(|error| {
+        tracing::warn!(%error, "the pods are known when they are handed over");
+        Vec::new()
+    });
+    for record in records {
+        let netns = netns::open(&record.netns)
+            .and_then(|netns| Ok((redirect_bpf::netns_cookie_of(netns.as_fd())?, netns)));
+        let inserted = match netns {
+            Ok((cookie, netns)) if cookie == record.cookie => {
+                insert(agent, &record.uid, &record, netns, Default::default(), true)
+            }
+            Ok(_) => Err(anyhow::anyhow!("another namespace has its name now")),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = inserted {
+            tracing::debug!(
+                uid = record.uid,
+                error = format!("{error:#}"),
+                "the pod is known when it is handed over"
+            );
+        }
+    }
+}
+
+/// Takes over the pods of the agent in charge, with its word on which there are; their listeners come back, for they are
+/// not to be used yet.
+///
+/// # Errors
+/// When a namespace cannot be looked at.
+pub(super) fn take_over(
+    agent: &Arc<Agent>,
+    given: Vec<GivenPod>,
+) -> anyhow::Result<Vec<(String, Listeners)>> {
+    let known: HashMap<Arc<str>, u64> =
+        agent.state.lock().pods.iter().map(|(uid, pod)| (Arc::clone(uid), pod.cookie)).collect();
+    for uid in known.keys().filter(|uid| given.iter().all(|pod| pod.uid != ***uid)) {
+        // It was let go meanwhile.
+        agent.state.lock().pods.remove(uid);
+        let keyd = agent.keyd.borrow().clone();
+        for key_id in keyd.map(|keyd| keyd.keys_of(uid)).unwrap_or_default() {
+            certificates::drop_key_later(agent, key_id, Duration::ZERO);
+        }
+    }
+    let mut listeners = Vec::with_capacity(given.len());
+    for pod in given {
+        if known.get(pod.uid.as_str()) != Some(&pod.cookie) {
+            let record = PodRecord { uid: pod.uid.clone(), netns: pod.netns_path, cookie: pod.cookie };
+            insert(agent, &pod.uid, &record, pod.netns, (Vec::new(), pod.own_addresses), true)?;
+        } else if let Some(known) = agent.state.lock().pods.get_mut(pod.uid.as_str()) {
+            known.own_addresses = pod.own_addresses;
+        }
+        listeners.push((pod.uid, pod.listeners));
+    }
+    agent.touch();
+    Ok(listeners)
+}
+
+/// What the kernel has to know of a pod, without acceleration.
+fn spec<'a>(state: &State, uid: &str, pod: &'a Pod, listeners: &'a Listeners) -> Option<PodSpec<'a>> {
+    let workload = state.mesh.local(uid)?;
+    Some(PodSpec {
+        netns_cookie: pod.cookie,
+        netns: pod.netns.as_fd(),
+        settings: settings_of(workload, &pod.own_addresses, Directions::NONE),
+        listeners: borrow(listeners),
+    })
+}
+
+/// Puts the redirection of this agent into force, in the place of another one's.
+///
+/// # Errors
+/// What the kernel refuses.
+pub(super) fn take_kernel(agent: &Agent, listeners: &[(String, Listeners)]) -> anyhow::Result<()> {
+    let state = agent.state.lock();
+    let specs: Vec<PodSpec<'_>> = listeners
+        .iter()
+        .filter_map(|(uid, listeners)| spec(&state, uid, state.pods.get(uid.as_str())?, listeners))
+        .collect();
+    let kernel = Kernel::open(&agent.config, &specs)?;
+    agent.kernel.get_or_init(|| kernel);
+    Ok(())
+}
+
+/// Puts this agent's capture back into force, when another one that was to have the node may have put its own there.
+pub(super) fn reinstate(agent: &Agent) {
+    let uids: Vec<Arc<str>> = {
+        let mut state = agent.state.lock();
+        let captured = state.pods.iter().filter(|(_, pod)| pod.ready && !pod.listeners.is_empty());
+        let specs: Vec<PodSpec<'_>> =
+            captured.filter_map(|(uid, pod)| spec(&state, uid, pod, &pod.listeners)).collect();
+        if let Err(error) = agent.kernel().reinstate(&specs) {
+            tracing::error!(
+                error = format!("{error:#}"),
+                "the redirection is not this agent's own any more; restart it"
+            );
+        }
+        drop(specs);
+        state.pods.values_mut().for_each(|pod| pod.applied = None);
+        state.pods.keys().cloned().collect()
+    };
+    for uid in uids {
+        if let Err(error) = capture(agent, &uid) {
+            tracing::error!(%uid, error = format!("{error:#}"), "the pod is not captured; trying again");
+        }
+    }
+    agent.touch();
 }
 
 /// Follows the workloads: settings that changed go to the kernel, pods that left the mesh are let go.
@@ -522,8 +640,14 @@ pub(super) async fn follow(agent: Arc<Agent>) {
                 tracing::info!(%uid, "the pod left the mesh");
                 unenrol(&agent, &uid).await.map(drop)
             } else {
-                capture(&agent, &uid)
+                match agent.takeover.may_change().await {
+                    Ok(_changing) => capture(&agent, &uid),
+                    Err(retired) => Err(retired.into()),
+                }
             };
+            if done.as_ref().is_err_and(|error| error.is::<Retired>()) {
+                return;
+            }
             if let Err(error) = done {
                 tracing::error!(%uid, error = format!("{error:#}"), "the kernel is not up to date with the pod");
             }

@@ -3,6 +3,9 @@
 //! A process is reached through a listening unix socket in the run directory. The agent binds it and the process gets it
 //! as its standard input; the agent keeps no copy. So a socket file that answers means a process that lives, whoever
 //! started it, and adopting one is the same code as starting one: connect and say hello.
+//!
+//! While one agent takes the node over from another there are two of each. Their sockets bear the number of the agents'
+//! generation, so that an agent which comes back in its place finds its own.
 
 use std::fs;
 use std::io;
@@ -33,18 +36,59 @@ const PAUSE_AFTER_WORK: Duration = Duration::from_millis(250);
 /// How long a process may take to end after it was asked to.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The socket of a process.
-pub(super) fn socket(role: Role, run_dir: &Path) -> PathBuf {
-    run_dir.join(match role {
-        Role::Worker => "worker-0.sock",
-        Role::Keyd => "keyd.sock",
-    })
+/// The socket of a process of this generation.
+pub(super) fn socket(role: Role, run_dir: &Path, generation: u64) -> PathBuf {
+    run_dir.join(format!("{}-{generation}.sock", role.name()))
+}
+
+/// What is in the run directory; nothing when there is none.
+///
+/// # Errors
+/// When it cannot be read.
+pub(super) fn files(run_dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let list = || -> io::Result<_> { fs::read_dir(run_dir)?.map(|entry| Ok(entry?.path())).collect() };
+    match list() {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(io::Error::new(e.kind(), format!("cannot list {}: {e}", run_dir.display()))),
+        listed => listed,
+    }
+}
+
+/// The sockets of all processes of this role that left one, with their generations.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub(super) fn sockets(role: Role, run_dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    for path in files(run_dir)? {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let generation = name
+            .strip_prefix(role.name())
+            .and_then(|rest| rest.strip_prefix('-')?.strip_suffix(".sock")?.parse().ok());
+        found.extend(generation.map(|generation| (generation, path)));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Removes the socket of a process that is gone.
+///
+/// # Errors
+/// With the path.
+pub(super) fn remove_socket(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(io::Error::new(e.kind(), format!("cannot remove {}: {e}", path.display())))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// How processes are started.
 #[derive(Debug, Clone)]
 pub(super) struct Launcher {
     pub(super) run_dir: PathBuf,
+    pub(super) generation: u64,
     pub(super) settings: ProcessSettings,
     pub(super) log: LogArguments,
 }
@@ -62,12 +106,17 @@ pub(super) async fn find(path: &Path) -> io::Result<Option<UnixStream>> {
 }
 
 impl Launcher {
+    /// The socket of this agent's process.
+    pub(super) fn socket(&self, role: Role) -> PathBuf {
+        socket(role, &self.run_dir, self.generation)
+    }
+
     /// Starts a process.
     ///
     /// # Errors
     /// When its socket cannot be made or the program not be run.
     pub(super) fn start(&self, role: Role) -> io::Result<Child> {
-        let path = socket(role, &self.run_dir);
+        let path = self.socket(role);
         let about = |e: io::Error| io::Error::new(e.kind(), format!("cannot make {}: {e}", path.display()));
         match fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(about(e)),

@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::discover::{self, Found};
-use super::{Agent, pods};
+use super::{Agent, pods, takeover};
 
 /// First pause before a pod is looked for again; doubled for each one after it.
 const RETRY_MIN: Duration = Duration::from_millis(100);
@@ -229,7 +229,7 @@ fn in_place(told: &PodSettings, found: &redirect_bpf::EnrolledPod) -> bool {
 
 /// Captures again what the kernel does not capture as it was told to, and what it refused to before.
 fn mend(agent: &Arc<Agent>) {
-    let held = agent.redirect.lock().pods();
+    let held = agent.kernel().redirect.lock().pods();
     let held: HashMap<u64, redirect_bpf::EnrolledPod> = match held {
         Ok(pods) => pods.into_iter().map(|pod| (pod.netns_cookie, pod)).collect(),
         Err(error) => {
@@ -287,7 +287,10 @@ pub(super) async fn keep(agent: Arc<Agent>) {
             () = tokio::time::sleep_until(wake) => {
                 if Instant::now() >= next_round {
                     next_round = Instant::now() + every;
-                    mend(&agent);
+                    if let Ok(_changing) = agent.takeover.may_change().await {
+                        mend(&agent);
+                    }
+                    takeover::sweep(&agent).await;
                     super::save_unwritten(&agent).await;
                     if discover {
                         moved(&agent, &mut enrolments).await;

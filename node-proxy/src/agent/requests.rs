@@ -1,5 +1,9 @@
-//! The agent's own socket, for `sockmesh-node enrol`, `unenrol`, `status` and `uninstall`: one JSON object a line in each
+//! The agents' sockets, for `sockmesh-node enrol`, `unenrol`, `status` and `uninstall`: one JSON object a line in each
 //! direction. Only root may speak here.
+//!
+//! `agent.sock` is the socket of the agent in charge of the node, handed from one to the next. What an agent is asked on it
+//! and cannot do any more, since the node is another one's, it asks that one. Besides, each agent has a socket of its own
+//! ([`Front`]), from its first moment to its last.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -8,11 +12,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::{Agent, StatusDocument, cni, pods};
+use super::takeover::{self, Offer, Phase, Retired, Successor};
+use super::{AbortOnDrop, Agent, StatusDocument, cni, pods};
+use crate::config::NodeSettings;
 
 /// Longest request line in bytes.
 const MAX_LINE: u64 = 64 * 1024;
@@ -62,6 +69,8 @@ pub enum Request {
     },
     /// How things are.
     Status,
+    /// Another agent has started and wants the node; after the answer both speak frames.
+    TakeOver(Successor),
     /// End worker, keyd and agent. Capture stays: fail-closed pods are refused.
     Stop,
 }
@@ -77,6 +86,8 @@ pub enum Reply {
     },
     /// Answer to [`Request::Status`].
     Status(Box<StatusDocument>),
+    /// Answer to [`Request::TakeOver`].
+    TakeOver(Offer),
     /// Not done.
     Error {
         /// Why not.
@@ -84,45 +95,161 @@ pub enum Reply {
     },
 }
 
-/// The socket's path.
-fn socket(run_dir: &Path) -> PathBuf {
+/// The socket of the agent in charge.
+pub(super) fn socket(run_dir: &Path) -> PathBuf {
     run_dir.join("agent.sock")
 }
 
-pub(super) fn bind(run_dir: &Path) -> anyhow::Result<UnixListener> {
-    let path = socket(run_dir);
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            return Err(e).with_context(|| format!("cannot replace {}", path.display()));
-        }
-        _ => {}
-    }
-    let listener = UnixListener::bind(&path).with_context(|| format!("cannot make {}", path.display()))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
+/// The socket of one agent, whether it is in charge or not.
+#[must_use]
+pub fn own_socket(run_dir: &Path, instance: &str) -> PathBuf {
+    run_dir.join(format!("agent-{instance}.sock"))
+}
+
+/// The sockets of all agents of a node.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub(super) fn own_sockets(run_dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let files = super::process::files(run_dir)?;
+    let is_one = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.starts_with("agent-") && name.ends_with(".sock")
+    };
+    Ok(files.into_iter().filter(is_one).collect())
+}
+
+/// Makes a socket at `path`, in the place of what a process left there.
+///
+/// # Errors
+/// With the path.
+pub(super) fn bind(path: &Path) -> anyhow::Result<std::os::unix::net::UnixListener> {
+    super::process::remove_socket(path)?;
+    let listener = std::os::unix::net::UnixListener::bind(path)
+        .with_context(|| format!("cannot make {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
         .with_context(|| format!("cannot restrict {}", path.display()))?;
     Ok(listener)
 }
 
+/// Whom a socket leads to.
+#[derive(Clone)]
+enum Asked {
+    /// Who is in charge.
+    InCharge(Arc<Agent>),
+    /// This one, whatever it is.
+    This(Arc<Front>),
+}
+
+/// An agent as it is seen on its own socket, also before it has got anything ready.
+#[derive(Default)]
+pub(super) struct Front {
+    agent: Mutex<Option<Arc<Agent>>>,
+    waits: Mutex<String>,
+    /// Asks the agent to end, with everything below it.
+    pub(super) stop: tokio::sync::Notify,
+}
+
+impl Front {
+    /// There is an agent.
+    pub(super) fn set(&self, agent: &Arc<Agent>) {
+        *self.agent.lock() = Some(Arc::clone(agent));
+    }
+
+    /// There is none any more.
+    pub(super) fn clear(&self) {
+        *self.agent.lock() = None;
+    }
+
+    /// There is none yet, and why.
+    pub(super) fn waits(&self, why: &str) {
+        why.clone_into(&mut self.waits.lock());
+    }
+
+    pub(super) fn agent(&self) -> Option<Arc<Agent>> {
+        self.agent.lock().clone()
+    }
+
+    fn answer(&self, request: &Request) -> Reply {
+        match (request, self.agent()) {
+            (Request::Stop, _) => {
+                self.stop.notify_one();
+                Reply::Done { message: "stopping".to_owned() }
+            }
+            (Request::Status, Some(agent)) => Reply::Status(Box::new(super::status::collect(&agent))),
+            (Request::Status, None) => Reply::Error {
+                message: format!("this agent has not got the node yet: {}", self.waits.lock()),
+            },
+            _ => Reply::Error {
+                message: "this is not the socket of the agent in charge, agent.sock".to_owned(),
+            },
+        }
+    }
+}
+
+/// The socket of one agent, which goes with it.
+pub(super) struct OwnSocket {
+    path: PathBuf,
+    _served: AbortOnDrop,
+}
+
+impl OwnSocket {
+    /// Makes it and answers on it.
+    ///
+    /// # Errors
+    /// With the path.
+    pub(super) fn serve(node: &NodeSettings, front: &Arc<Front>) -> anyhow::Result<Self> {
+        let name = match node.instance.as_str() {
+            "" => std::process::id().to_string(),
+            instance => instance.to_owned(),
+        };
+        let path = own_socket(&node.run_dir, &name);
+        let listener = bind(&path)?;
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
+        let served = tokio::spawn(accept(Asked::This(Arc::clone(front)), listener));
+        Ok(Self { path, _served: AbortOnDrop(served) })
+    }
+}
+
+impl Drop for OwnSocket {
+    fn drop(&mut self) {
+        if let Err(error) = super::process::remove_socket(&self.path) {
+            tracing::warn!(%error, "the agent's own socket is left");
+        }
+    }
+}
+
+/// Answers who asks the agent in charge.
 pub(super) async fn serve(agent: Arc<Agent>, listener: UnixListener) {
+    accept(Asked::InCharge(agent), listener).await;
+}
+
+async fn accept(asked: Asked, listener: UnixListener) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let agent = Arc::clone(&agent);
+                let asked = asked.clone();
                 tokio::spawn(async move {
-                    if let Err(error) = converse(&agent, stream).await {
-                        tracing::warn!(error = format!("{error:#}"), "a request over agent.sock failed");
+                    if let Err(error) = converse(asked, stream).await {
+                        tracing::warn!(error = format!("{error:#}"), "a request to the agent failed");
                     }
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot accept on agent.sock");
+                tracing::warn!(%error, "cannot accept on the agent's socket");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
 }
 
-async fn converse(agent: &Arc<Agent>, mut stream: UnixStream) -> anyhow::Result<()> {
+async fn converse(asked: Asked, mut stream: UnixStream) -> anyhow::Result<()> {
+    let counted = match &asked {
+        Asked::InCharge(agent) => Some(Arc::clone(agent)),
+        Asked::This(_) => None,
+    };
+    let conversation = counted.as_ref().map(|agent| agent.takeover.conversation());
     let peer = stream.peer_cred().context("cannot tell who speaks")?;
     let (read, mut write) = stream.split();
     if peer.uid() != 0 {
@@ -133,16 +260,45 @@ async fn converse(agent: &Arc<Agent>, mut stream: UnixStream) -> anyhow::Result<
     }
     let mut line = String::new();
     let mut read = BufReader::new(read);
-    loop {
+    let (agent, successor) = loop {
         line.clear();
         if (&mut read).take(MAX_LINE).read_line(&mut line).await? == 0 {
             return Ok(());
         }
-        let reply = match serde_json::from_str(&line) {
-            Ok(request) => answer(agent, request).await,
-            Err(e) => Reply::Error { message: format!("not a request: {e}") },
+        let reply = match (serde_json::from_str(&line), &asked) {
+            (Ok(request), Asked::This(front)) => front.answer(&request),
+            (Ok(Request::TakeOver(successor)), Asked::InCharge(agent)) => {
+                match takeover::agree(agent, &successor) {
+                    Ok(offer) => {
+                        write.write_all(&to_line(&Reply::TakeOver(offer))?).await?;
+                        break (Arc::clone(agent), successor);
+                    }
+                    Err(error) => Reply::Error { message: format!("{error:#}") },
+                }
+            }
+            (Ok(request), Asked::InCharge(agent)) => answer_or_pass_on(agent, request).await,
+            (Err(e), _) => Reply::Error { message: format!("not a request: {e}") },
         };
         write.write_all(&to_line(&reply)?).await?;
+    };
+    drop(conversation);
+    takeover::give(&agent, stream, successor).await;
+    Ok(())
+}
+
+/// What an agent cannot answer any more, the one that has the node now does.
+async fn answer_or_pass_on(agent: &Arc<Agent>, request: Request) -> Reply {
+    if agent.takeover.phase() != Phase::Retired
+        && let Some(reply) = answer(agent, request.clone()).await
+    {
+        return reply;
+    }
+    match ask(&agent.config.node.run_dir, &request).await {
+        Ok(Some(reply)) => reply,
+        Ok(None) => {
+            Reply::Error { message: "the agent that took the node over is gone; try again".to_owned() }
+        }
+        Err(error) => Reply::Error { message: format!("{error:#}") },
     }
 }
 
@@ -152,7 +308,8 @@ fn to_line(reply: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     Ok(line)
 }
 
-async fn answer(agent: &Arc<Agent>, request: Request) -> Reply {
+/// `None` when the node has become another agent's meanwhile.
+async fn answer(agent: &Arc<Agent>, request: Request) -> Option<Reply> {
     let done = match request {
         Request::Enrol { uid, netns, timeout_ms } => {
             let timeout = timeout_ms.map_or(agent.config.processes.enrol_timeout, Duration::from_millis);
@@ -177,7 +334,9 @@ async fn answer(agent: &Arc<Agent>, request: Request) -> Reply {
             let agent = Arc::clone(agent);
             let task = tokio::spawn(async move {
                 let added = cni::add(&agent, &uid, &namespace, &netns, timeout).await;
-                if let Err(error) = &added {
+                if let Err(error) = &added
+                    && !error.is::<Retired>()
+                {
                     let error = format!("{error:#}");
                     tracing::warn!(uid, namespace, name, error, "a new pod has to wait for the mesh");
                 }
@@ -187,15 +346,17 @@ async fn answer(agent: &Arc<Agent>, request: Request) -> Reply {
         }
         Request::CniDel { uid, netns } => cni::del(agent, &uid, &netns).await,
         Request::CniCheck { uid } => cni::check(agent, &uid),
-        Request::Status => return Reply::Status(Box::new(super::status::collect(agent))),
+        Request::Status => return Some(Reply::Status(Box::new(super::status::collect(agent)))),
+        Request::TakeOver(_) => Err(anyhow::anyhow!("a successor begins its own conversation")),
         Request::Stop => {
-            agent.stop.notify_one();
+            agent.front.stop.notify_one();
             Ok("stopping".to_owned())
         }
     };
     match done {
-        Ok(message) => Reply::Done { message },
-        Err(error) => Reply::Error { message: format!("{error:#}") },
+        Ok(message) => Some(Reply::Done { message }),
+        Err(error) if error.is::<Retired>() => None,
+        Err(error) => Some(Reply::Error { message: format!("{error:#}") }),
     }
 }
 
@@ -204,9 +365,16 @@ async fn answer(agent: &Arc<Agent>, request: Request) -> Reply {
 /// # Errors
 /// When the socket is there and the conversation fails.
 pub async fn ask(run_dir: &Path, request: &Request) -> anyhow::Result<Option<Reply>> {
-    let path = socket(run_dir);
+    Ok(converse_at(&socket(run_dir), request).await?.map(|(_, reply)| reply))
+}
+
+/// Asks the agent behind a socket; the connection may be used on.
+///
+/// # Errors
+/// When the socket is there and the conversation fails.
+pub async fn converse_at(path: &Path, request: &Request) -> anyhow::Result<Option<(UnixStream, Reply)>> {
     let about = || format!("cannot talk to the agent over {}", path.display());
-    let stream = match UnixStream::connect(&path).await {
+    let stream = match UnixStream::connect(path).await {
         Ok(stream) => stream,
         Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
             return Ok(None);
@@ -218,7 +386,8 @@ pub async fn ask(run_dir: &Path, request: &Request) -> anyhow::Result<Option<Rep
     let mut line = String::new();
     stream.read_line(&mut line).await.with_context(about)?;
     anyhow::ensure!(!line.is_empty(), "the agent ended before it answered; look at its log");
-    serde_json::from_str(&line)
-        .context("the agent's answer is not understood; is it of another version?")
-        .map(Some)
+    let reply = serde_json::from_str(&line)
+        .context("the agent's answer is not understood; is it of another version?")?;
+    // Nothing more comes before it is asked for, so nothing is lost in the buffer.
+    Ok(Some((stream.into_inner(), reply)))
 }

@@ -13,6 +13,7 @@ use super::certificates::CertificateError;
 use super::cni::Chained;
 use super::mesh::Mesh;
 use super::pods::Pod;
+use super::takeover::{self, Phase};
 use super::{Agent, WaitingPod};
 
 /// The node's state.
@@ -24,6 +25,18 @@ pub struct StatusDocument {
     pub version: String,
     /// Process id of the agent.
     pub agent_pid: u32,
+    /// Whether the node is this agent's: `in charge`, `preparing to take the node over` or `retired`.
+    #[serde(default)]
+    pub phase: String,
+    /// Times that the node changed hands since it started.
+    #[serde(default)]
+    pub generation: u64,
+    /// Whom this agent takes the node over from, or did; empty when nobody had it.
+    #[serde(default)]
+    pub predecessor: String,
+    /// Who gets ready to take the node over; empty when nobody does.
+    #[serde(default)]
+    pub successor: String,
     /// Process id of the worker; absent while there is none.
     pub worker_pid: Option<u32>,
     /// Process id of keyd; absent while there is none.
@@ -102,15 +115,19 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
     use std::sync::atomic::Ordering::Relaxed;
     let keyd = agent.keyd.borrow().clone();
     let controller = agent.controller.status();
-    let redirect = match agent.redirect.lock().counters() {
-        Ok(counters) => counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
-        Err(error) => {
+    let kernel = agent.kernel.get();
+    let redirect = match kernel.map(|kernel| kernel.redirect.lock().counters()) {
+        None => Vec::new(),
+        Some(Ok(counters)) => counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        Some(Err(error)) => {
             tracing::warn!(%error, "the redirection's counters cannot be read");
             Vec::new()
         }
     };
     let waiting = agent.waiting.list(agent);
     let knowledge = agent.knowledge.lock().clone().unwrap_or_default();
+    let phase = agent.takeover.phase();
+    let missing = if phase == Phase::Preparing { takeover::missing(agent) } else { Vec::new() };
     let state = agent.state.lock();
     let not_covered = not_covered(&state.mesh, &knowledge);
     let trust_domain = state.mesh.trust().map(|t| t.trust_domain.clone());
@@ -135,6 +152,10 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
         .collect();
     let mut not_ready = Vec::new();
     let mut problems = Vec::new();
+    if phase != Phase::InCharge {
+        not_ready.push(format!("this agent is {}", phase.name()));
+    }
+    not_ready.extend(missing);
     if state.worker.is_none() {
         not_ready.push("no worker".to_owned());
     }
@@ -148,7 +169,8 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
     if let Chained::Failed(problem) = &cni {
         not_ready.push(format!("the CNI plugin is not in the chain: {problem}"));
     }
-    for (uid, pod) in &state.pods {
+    // The kernel's part and the certificates are looked at by the one that has the node.
+    for (uid, pod) in state.pods.iter().filter(|_| phase == Phase::InCharge) {
         let (of_pod, of_node) = faults(uid, pod, super::certificates::now());
         problems.extend(of_pod);
         not_ready.extend(of_node);
@@ -161,12 +183,26 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
         node: agent.config.node.name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         agent_pid: std::process::id(),
+        phase: phase.name().to_owned(),
+        generation: agent.takeover.generation,
+        predecessor: agent
+            .takeover
+            .predecessor
+            .lock()
+            .as_ref()
+            .map_or_else(String::new, |(version, pid)| format!("{pid} (version {version})")),
+        successor: agent
+            .takeover
+            .successor()
+            .map_or_else(String::new, |s| format!("{} (version {})", s.pid, s.version)),
         worker_pid: state.worker.as_ref().map(|w| w.pid()),
         keyd_pid: keyd.map(|k| k.pid()),
         worker_restarts: agent.counters.worker_restarts.load(Relaxed),
         keyd_restarts: agent.counters.keyd_restarts.load(Relaxed),
-        redirection: format!("{:?}", agent.opened),
-        acceleration: agent.acceleration.states.iter().map(|(d, s)| ((*d).to_owned(), s.clone())).collect(),
+        redirection: kernel.map_or_else(|| "not this agent's".to_owned(), |k| format!("{:?}", k.opened)),
+        acceleration: kernel.map_or_else(Vec::new, |kernel| {
+            kernel.acceleration.states.iter().map(|(d, s)| ((*d).to_owned(), s.clone())).collect()
+        }),
         controller: controller.describe(),
         controller_connected: controller.connected,
         last_update_unix: controller.last_update,
@@ -239,6 +275,14 @@ impl fmt::Display for StatusDocument {
             pid(self.keyd_pid),
             self.keyd_restarts
         )?;
+        write!(f, "  {}, generation {}", self.phase, self.generation)?;
+        if !self.predecessor.is_empty() {
+            write!(f, ", after agent {}", self.predecessor)?;
+        }
+        if !self.successor.is_empty() {
+            write!(f, "; agent {} gets ready to take the node over", self.successor)?;
+        }
+        writeln!(f)?;
         writeln!(f, "  redirection {}; {}", self.redirection, self.controller)?;
         writeln!(f, "  CNI plugin {}", self.cni)?;
         for (direction, state) in &self.acceleration {

@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::net::UnixStream;
 
-use super::requests::{Reply, Request, ask};
-use super::{cni, process};
+use super::requests::{self, Reply, Request, ask, converse_at};
+use super::{cni, process, takeover};
 use crate::child::Role;
 use crate::config::NodeConfig;
 use crate::ipc::proto::{
@@ -22,7 +22,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 /// A process that lives answers a hello at once.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Ends agent, worker and keyd, with or without an agent. Capture stays: fail-closed pods are refused.
+/// Ends agents, workers and keyds, with or without an agent. Capture stays: fail-closed pods are refused.
 ///
 /// # Errors
 /// When a process does not end.
@@ -32,6 +32,26 @@ pub async fn stop(run_dir: &Path) -> anyhow::Result<()> {
             .await
             .context("the agent does not answer; end it by hand and try again")?
     };
+    // Those that have not got the node first: they would take it when the one that has it ends.
+    for path in requests::own_sockets(run_dir)? {
+        let status = converse_at(&path, &Request::Status);
+        let status =
+            tokio::time::timeout(HELLO_TIMEOUT, status).await.context("an agent does not answer")??;
+        let Some((stream, status)) = status else {
+            process::remove_socket(&path)?;
+            continue;
+        };
+        if matches!(&status, Reply::Status(status) if status.phase == takeover::IN_CHARGE) {
+            continue;
+        }
+        // It is the one who made the socket.
+        let pid = stream.peer_cred().context("cannot tell who answers")?.pid();
+        let stop = converse_at(&path, &Request::Stop);
+        tokio::time::timeout(HELLO_TIMEOUT, stop).await.context("an agent does not answer")??;
+        if let Some(pid) = pid.and_then(|pid| u32::try_from(pid).ok()) {
+            process::wait_for_end(pid, STOP_TIMEOUT).await?;
+        }
+    }
     if let Some(Reply::Status(status)) = asked(Request::Status).await? {
         match asked(Request::Stop).await? {
             Some(Reply::Error { message }) => anyhow::bail!("the agent does not stop: {message}"),
@@ -40,19 +60,24 @@ pub async fn stop(run_dir: &Path) -> anyhow::Result<()> {
     }
     // Left over from an agent that is gone, or one that could not reach them.
     for role in [Role::Worker, Role::Keyd] {
-        let path = process::socket(role, run_dir);
-        if let Some(stream) = process::find(&path).await? {
-            let pid =
-                tokio::time::timeout(HELLO_TIMEOUT, pid_of(role, stream)).await.with_context(|| {
-                    format!("the {} behind {} does not answer", role.name(), path.display())
-                })??;
-            process::end(pid).await?;
+        for (_, path) in process::sockets(role, run_dir)? {
+            if let Some(stream) = process::find(&path).await? {
+                let pid = tokio::time::timeout(HELLO_TIMEOUT, pid_of(role, stream)).await.with_context(
+                    || format!("the {} behind {} does not answer", role.name(), path.display()),
+                )??;
+                process::end(pid).await?;
+            }
+            process::remove_socket(&path)?;
         }
     }
     Ok(())
 }
 
-async fn pid_of(role: Role, stream: UnixStream) -> anyhow::Result<u32> {
+/// Asks a worker or keyd for its process id.
+///
+/// # Errors
+/// When it does not say.
+pub(super) async fn pid_of(role: Role, stream: UnixStream) -> anyhow::Result<u32> {
     let (mut reader, mut writer) = split(stream);
     match role {
         Role::Worker => {
@@ -107,7 +132,7 @@ pub async fn uninstall(config: &NodeConfig) -> anyhow::Result<()> {
     note(unchained.map_err(anyhow::Error::from));
     // Pins go although a process may linger: plain networking comes back.
     note(redirect_bpf::uninstall(&config.node.bpffs, &config.node.name).map_err(anyhow::Error::from));
-    for name in ["agent.sock", "agent.lock", "worker-0.sock", "keyd.sock"] {
+    for name in ["agent.sock", "agent.lock", takeover::RECORD] {
         note(remove(&run_dir.join(name)));
     }
     // Only if nothing of somebody else is in there.

@@ -17,14 +17,17 @@ use parking_lot::Mutex;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
+use super::kernel::Kernel;
 use super::keyd::KeydClient;
 use super::netns::Listeners;
 use super::process::{self, Launcher, Restarts};
+use super::takeover::Phase;
 use super::{Agent, pods};
 use crate::child::Role;
 use crate::ipc::proto::{
-    Answer, Applied, Certificate, Config, Family, Hello, HelloAck, Keyd, Listener, ListenerKind, Maps,
-    PodAdded, PodRemoved, Query, QueryKind, SocketRequest, Sockets, ToAgent, ToWorker, to_agent, to_worker,
+    Answer, Applied, Certificate, Config, Drain, Family, Hello, HelloAck, Keyd, Listener, ListenerKind, Maps,
+    PodAdded, PodRemoved, Query, QueryKind, RenewSockets, SocketRequest, Sockets, ToAgent, ToWorker,
+    to_agent, to_worker,
 };
 use crate::ipc::stream::{FrameReader, FrameWriter, split};
 
@@ -79,6 +82,27 @@ impl WorkerLink {
     fn send(&self, message: to_worker::Message, descriptors: Vec<Arc<OwnedFd>>) {
         // Fails only when the connection is gone; the next worker gets the whole state.
         let _ = self.outgoing.send(Outgoing { message, descriptors });
+    }
+
+    /// Hands over the redirection's notes about sockets.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub(super) fn maps(&self, kernel: &Kernel) -> anyhow::Result<()> {
+        let map = kernel.redirect.lock().worker_map().context("cannot hand the worker its map")?;
+        self.send(to_worker::Message::Maps(Maps {}), vec![Arc::new(map)]);
+        Ok(())
+    }
+
+    /// Tells it that the sockets which it has in stock are of no use any more.
+    pub(super) fn renew_sockets(&self) {
+        self.send(to_worker::Message::RenewSockets(RenewSockets {}), Vec::new());
+    }
+
+    /// Tells it to take no more connections, and to end when those that there are have ended or are too old.
+    pub(super) fn drain(&self, deadline: Duration) {
+        let deadline_ms = u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX);
+        self.send(to_worker::Message::Drain(Drain { deadline_ms }), Vec::new());
     }
 
     /// Tells of a pod and hands its listeners over.
@@ -168,9 +192,9 @@ impl WorkerLink {
     }
 }
 
-/// Keeps one worker alive; ends only when aborted.
+/// Keeps one worker alive, until the agent retires and its worker has drained.
 pub(super) async fn supervise(agent: Arc<Agent>, launcher: Launcher) {
-    let path = process::socket(Role::Worker, &launcher.run_dir);
+    let path = launcher.socket(Role::Worker);
     let mut restarts = Restarts::new(&launcher.settings);
     loop {
         restarts.started();
@@ -191,10 +215,15 @@ pub(super) async fn supervise(agent: Arc<Agent>, launcher: Launcher) {
         .await;
         agent.state.lock().worker = None;
         agent.touch();
+        let retired = agent.takeover.phase() == Phase::Retired;
         let end = match &mut child {
             Some(child) => process::reap(child).await.map_or_else(|e| e.to_string(), process::describe_end),
             None => "connection closed".to_owned(),
         };
+        if retired {
+            tracing::info!(end, "the worker has drained");
+            return;
+        }
         let pause = restarts.pause();
         agent.counters.worker_restarts.fetch_add(1, Ordering::Relaxed);
         tracing::error!(
@@ -229,8 +258,9 @@ async fn session(agent: &Arc<Agent>, stream: UnixStream, life: &Restarts) -> any
         configured: AtomicBool::new(configured),
         pending: Mutex::new(Some(Pending::default())),
     });
-    let map = agent.redirect.lock().worker_map().context("cannot hand the worker its map")?;
-    link.send(to_worker::Message::Maps(Maps {}), vec![Arc::new(map)]);
+    if let Some(kernel) = agent.kernel.get() {
+        link.maps(kernel)?;
+    }
     let result = tokio::select! {
         result = write(writer, queue) => result,
         result = read(agent, &link, &mut reader) => result,
@@ -290,6 +320,10 @@ fn take_served(
 
 /// Sees to it that every pod of the state has listeners: the adopted worker's, or fresh ones if nobody holds any.
 async fn prepare_pods(agent: &Arc<Agent>, served: &mut BTreeMap<String, Served>) -> anyhow::Result<()> {
+    if agent.takeover.phase() == Phase::Preparing {
+        // They are another agent's, which hands them over.
+        return Ok(());
+    }
     let without: Vec<(Arc<str>, Arc<OwnedFd>, u64)> = {
         let state = agent.state.lock();
         let without = state.pods.iter().filter(|(_, pod)| pod.listeners.is_empty());
@@ -355,7 +389,7 @@ async fn bring_up(
             if let Some(held) = pod.certificate.as_ref().filter(|held| keyd.has_key(&held.record.key_id)) {
                 link.certificate(uid, &held.record);
             }
-            if served.get(&**uid).is_none_or(|s| s.cookie != pod.cookie) {
+            if !pod.listeners.is_empty() && served.get(&**uid).is_none_or(|s| s.cookie != pod.cookie) {
                 link.pod_added(uid, pod.cookie, &pod.listeners);
             }
         }
@@ -447,7 +481,7 @@ fn give_sockets(agent: &Arc<Agent>, link: &Arc<WorkerLink>, request: SocketReque
     let thread = agent.netns.clone();
     thread.sockets(netns, known, count as usize, move |made| {
         let marked = made.map_err(|e| e.to_string()).and_then(|sockets| {
-            let redirect = agent.redirect.lock();
+            let redirect = agent.kernel().redirect.lock();
             for socket in &sockets {
                 redirect.mark_own(socket.as_fd()).map_err(|e| e.to_string())?;
             }

@@ -1,7 +1,8 @@
 //! What the agent tells the worker.
 //!
 //! The worker listens; an agent connects and says Hello, whether it started this worker or adopts it. The newest
-//! connection counts. Without one the worker goes on with what it knows.
+//! connection counts. Without one the worker goes on with what it knows. A worker that was told to drain goes on listening
+//! to its agent until the last connection is gone: what is left may still need sockets, certificates and configuration.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,6 +15,7 @@ use anyhow::{Context as _, bail};
 use mesh_api::model::{Resource, TRUST_TYPE, WORKLOAD_TYPE};
 use redirect_bpf::FlowMaps;
 use tokio::net::UnixListener;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::timeout;
 
@@ -37,6 +39,7 @@ pub struct Control {
     next_thread: usize,
     config_version: String,
     has_keyd: bool,
+    drained: Arc<Notify>,
 }
 
 /// Accepts the next connection that an agent makes.
@@ -84,10 +87,16 @@ fn forget(threads: &[Handle], uid: &Arc<str>) {
 impl Control {
     /// For a worker with these threads.
     pub fn new(shared: Arc<Shared>, threads: Vec<Handle>) -> Self {
-        Self { shared, threads, next_thread: 0, config_version: String::new(), has_keyd: false }
+        let (config_version, drained) = (String::new(), Arc::default());
+        Self { shared, threads, next_thread: 0, config_version, has_keyd: false, drained }
     }
 
-    /// Serves agents, one after the other, until one asks to drain; returns how long the drain may take.
+    /// Notified when an agent has asked to drain and that is done.
+    pub fn drained(&self) -> Arc<Notify> {
+        Arc::clone(&self.drained)
+    }
+
+    /// Serves agents, one after the other.
     ///
     /// # Errors
     /// When the listening socket fails.
@@ -96,7 +105,7 @@ impl Control {
         listener: UnixListener,
         first: (FrameReader, FrameWriter),
         mut outgoing: UnboundedReceiver<ToAgent>,
-    ) -> anyhow::Result<Duration> {
+    ) -> anyhow::Result<()> {
         let (mut reader, mut writer) = first;
         self.greet(&mut writer).await?;
         loop {
@@ -119,8 +128,7 @@ impl Control {
                 }
             };
             match end {
-                Ok(Some(deadline)) => return Ok(deadline),
-                Ok(None) => tracing::info!("the agent is gone; serving on with what it left"),
+                Ok(()) => tracing::info!("the agent is gone; serving on with what it left"),
                 Err(e) => tracing::warn!(error = %e, "the agent's connection failed; serving on"),
             }
             // An agent that is still there must see that this connection is over, and make another.
@@ -187,13 +195,13 @@ impl Control {
         }
     }
 
-    /// One connection, until it ends (`None`) or the agent asks to drain.
+    /// One connection, until it ends.
     async fn talk(
         &mut self,
         reader: &mut FrameReader,
         writer: &mut FrameWriter,
         outgoing: &mut UnboundedReceiver<ToAgent>,
-    ) -> anyhow::Result<Option<Duration>> {
+    ) -> anyhow::Result<()> {
         let (answers, mut answered) = unbounded_channel();
         loop {
             tokio::select! {
@@ -201,14 +209,11 @@ impl Control {
                 Some(message) = answered.recv() => writer.send_frame(&message, &[]).await?,
                 Some(message) = outgoing.recv() => writer.send_frame(&message, &[]).await?,
                 frame = reader.recv_frame::<ToWorker>() => {
-                    let Some((message, fds)) = frame? else { return Ok(None) };
+                    let Some((message, fds)) = frame? else { return Ok(()) };
                     let Some(message) = message.message else {
                         tracing::warn!("the agent sent a message that this worker does not know; ignored");
                         continue;
                     };
-                    if let to_worker::Message::Drain(drain) = message {
-                        return Ok(Some(Duration::from_millis(drain.deadline_ms.into())));
-                    }
                     if let Some(answer) = self.handle(message, fds) {
                         // The receiver lives as long as this loop.
                         let _ = answers.send(answer);
@@ -261,7 +266,22 @@ impl Control {
                     tracing::error!(error = %e, "keyd's channels can't be used");
                 }
             }
-            Message::Drain(_) => {}
+            Message::RenewSockets(_) => {
+                for pod in shared.pods.load().values() {
+                    if let Err(e) = pod.sockets.renew(&shared.to_agent) {
+                        tracing::warn!(error = %e, "other sockets could not be asked for");
+                    }
+                }
+            }
+            Message::Drain(drain) => {
+                let deadline = Duration::from_millis(drain.deadline_ms.into());
+                let (shared, threads) = (Arc::clone(&self.shared), self.threads.clone());
+                let done = Arc::clone(&self.drained);
+                tokio::spawn(async move {
+                    drain_all(&shared, &threads, deadline).await;
+                    done.notify_one();
+                });
+            }
             Message::Query(query) => {
                 let body = match query.kind() {
                     QueryKind::Metrics => shared.encode_metrics().into_bytes(),
@@ -381,24 +401,27 @@ impl Control {
         change(&mut pods);
         self.shared.pods.store(Arc::new(pods));
     }
+}
 
-    /// Drains every pod and waits until the last connection is gone or the time is up.
-    pub async fn drain(&self, deadline: Duration) {
-        let pods = self.shared.pods.load_full();
-        for pod in pods.values() {
-            tokio::spawn(Arc::clone(pod).drain(deadline));
-        }
-        let open = || self.threads.iter().map(|t| t.open.load(Ordering::Relaxed)).sum::<usize>();
-        let until = tokio::time::Instant::now() + deadline;
-        while open() > 0 && tokio::time::Instant::now() < until {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        // What was left has been told to end; resets are worth a moment.
-        let until = tokio::time::Instant::now() + CUT;
-        while open() > 0 && tokio::time::Instant::now() < until {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        self.shared.metrics.access_log.flush(CUT);
-        tracing::info!(left = open(), "drained");
+/// Drains every pod and waits until the last connection is gone or the time is up.
+async fn drain_all(shared: &Shared, threads: &[Handle], deadline: Duration) {
+    let pods = shared.pods.load_full();
+    for pod in pods.values() {
+        tokio::spawn(Arc::clone(pod).drain(deadline));
     }
+    // A listener counts as well until it has stopped: it may just have accepted something.
+    let open = || threads.iter().map(|t| t.open.load(Ordering::Relaxed)).sum::<usize>();
+    let busy = || open() + threads.iter().map(|t| t.listening.load(Ordering::Relaxed)).sum::<usize>();
+    tracing::info!(open = open(), deadline_s = deadline.as_secs(), "draining");
+    let until = tokio::time::Instant::now() + deadline;
+    while busy() > 0 && tokio::time::Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // What was left has been told to end; resets are worth a moment.
+    let until = tokio::time::Instant::now() + CUT;
+    while busy() > 0 && tokio::time::Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    shared.metrics.access_log.flush(CUT);
+    tracing::info!(left = open(), "drained");
 }

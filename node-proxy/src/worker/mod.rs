@@ -80,7 +80,7 @@ pub fn run(control: OwnedFd) -> anyhow::Result<()> {
             .map(|_| {
                 let (commands, inbox) = unbounded_channel();
                 inboxes.push(inbox);
-                Handle { commands, open: Arc::default() }
+                Handle { commands, open: Arc::default(), listening: Arc::default() }
             })
             .collect();
         for (index, inbox) in inboxes.into_iter().enumerate() {
@@ -96,8 +96,10 @@ pub fn run(control: OwnedFd) -> anyhow::Result<()> {
         tokio::spawn(shared::sweep(Arc::clone(&shared)));
         tracing::info!(node = shared.node, threads = count, "worker ready");
         let mut control = Control::new(shared, handles);
-        let deadline = control.serve(listener, (reader, writer), outgoing).await?;
-        control.drain(deadline).await;
-        Ok(())
+        let drained = control.drained();
+        tokio::select! {
+            served = control.serve(listener, (reader, writer), outgoing) => served,
+            () = drained.notified() => Ok(()),
+        }
     })
 }

@@ -170,6 +170,20 @@ impl SocketPool {
         Ok(())
     }
 
+    /// What is in stock is of no use any more: throws it away and asks for others.
+    pub fn renew(&self, agent: &ToAgentSender) -> io::Result<()> {
+        for pool in [&self.v4, &self.v6] {
+            let mut stock = pool.stock.lock();
+            let had_some = !stock.spare.is_empty();
+            stock.spare.clear();
+            if had_some && !stock.requested && !stock.closed {
+                stock.requested = true;
+                self.request(pool.family, stock.batch, agent)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Ends every wait; nothing is handed out any more.
     pub fn close(&self) {
         for pool in [&self.v4, &self.v6] {
@@ -225,6 +239,23 @@ mod tests {
             batches.push(count);
         }
         assert_eq!(batches, [16, 32, 64, 128, 128, 64, 32, 16, 16]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stock_that_is_of_no_use_any_more_is_replaced() {
+        let (agent, mut requests) = unbounded_channel();
+        let pool = SocketPool::new("uid".into(), 16);
+        pool.renew(&agent).unwrap();
+        assert!(requests.try_recv().is_err(), "nobody needed any");
+        pool.filled(Family::V4, sockets(16), "");
+        pool.renew(&agent).unwrap();
+        let taken = pool.take(HERE, &agent);
+        let agent = async {
+            assert_eq!(asked(requests.recv().await.unwrap()), 16);
+            pool.filled(Family::V4, sockets(16), "");
+        };
+        let (taken, ()) = tokio::join!(taken, agent);
+        taken.unwrap();
     }
 
     #[tokio::test(start_paused = true)]

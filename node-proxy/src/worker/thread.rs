@@ -40,6 +40,8 @@ pub struct Handle {
     pub commands: UnboundedSender<Command>,
     /// Connections it has open.
     pub open: Arc<AtomicUsize>,
+    /// Listeners it accepts from.
+    pub listening: Arc<AtomicUsize>,
 }
 
 /// What the connections of one thread share.
@@ -78,11 +80,14 @@ pub fn run(
                 Command::Listen(pod, listeners) => {
                     for (kind, listener) in listeners {
                         let (thread, pod) = (Rc::clone(&thread), Arc::clone(&pod));
+                        let listening = Arc::clone(&thread.handles[thread.index].listening);
+                        listening.fetch_add(1, Ordering::Relaxed);
                         tokio::task::spawn_local(async move {
                             let uid = Arc::clone(&pod.uid);
                             if let Err(e) = thread.accept_loop(pod, kind, listener).await {
                                 tracing::error!(pod = %uid, ?kind, error = %e, "listener failed");
                             }
+                            listening.fetch_sub(1, Ordering::Relaxed);
                         });
                     }
                 }

@@ -175,6 +175,15 @@ impl Client {
     }
 
     async fn exchange(&self, place: &mut Option<Sender>) -> Result<(), Failure> {
+        // A connection that was closed between two requests has failed none.
+        let open = match place.as_mut() {
+            Some(Sender::Http1(sender)) => sender.ready().await.is_ok(),
+            Some(Sender::Http2(sender)) => sender.ready().await.is_ok(),
+            None => false,
+        };
+        if !open {
+            *place = None;
+        }
         let sender = match place {
             Some(sender) => sender,
             None => place.insert(self.connect().await?),

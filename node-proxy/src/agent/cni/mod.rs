@@ -103,6 +103,14 @@ pub(super) async fn follow(agent: Arc<Agent>) {
     }
 }
 
+/// Takes up what another agent has learnt, which had the node until now.
+pub(super) fn learn_again(agent: &Agent) {
+    match agent.disk.load_knowledge() {
+        Ok(known) => *agent.knowledge.lock() = known,
+        Err(error) => tracing::warn!(%error, "the CNI plugin is told anew who is in the mesh"),
+    }
+}
+
 /// Writes what is known for the plugin.
 pub(super) fn save(agent: &Agent) {
     let Some(knowledge) = agent.knowledge.lock().clone() else { return };

@@ -22,6 +22,10 @@ const LINGER: Duration = Duration::from_secs(5);
 /// Bytes of it that are thrown away meanwhile.
 const LINGER_BYTES: usize = 1 << 20;
 
+/// How long an idle connection that is to end still waits for a request, whose answer then says that it is the last.
+/// Closing at once would cross a request that is on its way, and its client could not tell whether it was served.
+const LAST_REQUEST: Duration = Duration::from_secs(5);
+
 /// How a client's connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectionEnd {
@@ -72,6 +76,8 @@ pub(super) struct Connection<'a, C, E> {
     pub timer: Timer,
     /// When bytes last moved.
     pub moved: Instant,
+    /// When it was seen to be idle although no more requests are to come.
+    drained: Option<Instant>,
     pub exchange: &'a E,
     pub limits: &'a HttpLimits,
     pub caps: Caps,
@@ -106,6 +112,7 @@ pub async fn serve<C: Transport, E: Exchange>(
         response: Head::new(Role::Response, caps),
         timer: Timer::new(),
         moved: Instant::now(),
+        drained: None,
         exchange: &exchange,
         limits,
         caps,
@@ -168,14 +175,15 @@ impl<C: Transport, E: Exchange> Connection<'_, C, E> {
                     Poll::Ready(Err(_)) => return Poll::Ready(Arrival::Over(ConnectionEnd::ClientClosed)),
                     Poll::Pending if self.input.is_empty() => {
                         self.release_memory();
-                        if closed.as_mut().poll(cx).is_ready() {
-                            return Poll::Ready(Arrival::Over(ConnectionEnd::Drained));
+                        if self.drained.is_none() && closed.as_mut().poll(cx).is_ready() {
+                            self.drained = Some(Instant::now());
                         }
-                        let until = *idle_since.get_or_insert_with(Instant::now) + self.limits.keepalive_idle;
-                        return self
-                            .timer
-                            .poll_at(Some(until), cx)
-                            .map(|()| Arrival::Over(ConnectionEnd::IdleTimeout));
+                        let idle = *idle_since.get_or_insert_with(Instant::now) + self.limits.keepalive_idle;
+                        let (until, end) = match self.drained.map(|drained| drained + LAST_REQUEST) {
+                            Some(until) if until < idle => (until, ConnectionEnd::Drained),
+                            _ => (idle, ConnectionEnd::IdleTimeout),
+                        };
+                        return self.timer.poll_at(Some(until), cx).map(|()| Arrival::Over(end));
                     }
                     Poll::Pending => {
                         let until = *head_since.get_or_insert_with(Instant::now) + self.limits.header_timeout;

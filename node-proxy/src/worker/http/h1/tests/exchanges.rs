@@ -441,7 +441,25 @@ fn a_connection_that_should_close_serves_the_request_under_way_and_says_so() {
 }
 
 #[test]
-fn an_idle_connection_that_should_close_does_so_at_once() {
+fn an_idle_connection_that_should_close_does_so_when_no_request_comes_any_more() {
+    world(|mut w| async move {
+        let mut server = w.upstream();
+        w.client.send(GET).await;
+        server.expect(GET).await;
+        server.send(OK).await;
+        w.client.expect(OK).await;
+        settle().await;
+        let begun = tokio::time::Instant::now();
+        w.script.close();
+        settle().await;
+        assert_eq!(w.client.rest().await, "");
+        assert_eq!(begun.elapsed().as_secs(), 5);
+        assert_eq!(w.ended().await, ConnectionEnd::Drained);
+    });
+}
+
+#[test]
+fn a_request_on_its_way_to_an_idle_connection_that_should_close_is_answered() {
     world(|mut w| async move {
         let mut server = w.upstream();
         w.client.send(GET).await;
@@ -451,8 +469,12 @@ fn an_idle_connection_that_should_close_does_so_at_once() {
         settle().await;
         w.script.close();
         settle().await;
-        assert_eq!(w.client.rest().await, "");
-        assert_eq!(w.ended().await, ConnectionEnd::Drained);
+        w.client.send(GET).await;
+        server.expect(GET).await;
+        server.send(OK).await;
+        let got = w.client.rest().await;
+        assert_eq!(got, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nconnection: close\r\n\r\nok");
+        assert_eq!(w.ended().await, ConnectionEnd::Closed);
     });
 }
 
