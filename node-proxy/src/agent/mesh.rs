@@ -423,7 +423,7 @@ pub(super) mod tests {
     fn tunnels_are_kept_for_the_next_agent_and_are_none_of_the_workers_business() {
         let mut mesh = Mesh::new("n1".to_owned());
         let roots = vec![Arc::from([1u8].as_slice())];
-        let trust = Resource::Trust(Trust { trust_domain: "d".into(), roots, ..Trust::default() });
+        let trust = Resource::Trust(Trust { trust_domain: "d".into(), roots });
         let upserts = vec![(trust, "1".to_owned()), (tunnel(), "2".to_owned())];
         let changes = Changes { upserts, removals: vec![(NODE_TUNNEL_TYPE, "n3".to_owned())] };
         assert!(!changes.of_tunnels_only());

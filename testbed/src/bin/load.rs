@@ -233,9 +233,14 @@ impl Client {
     }
 
     async fn connect(&self) -> Result<Sender, Failure> {
-        let stream = TcpStream::connect(self.address)
-            .await
-            .map_err(|e| Failure::late(format!("connect: {}", e.kind())))?;
+        let stream = TcpStream::connect(self.address).await.map_err(|e| {
+            let reason = format!("connect: {}", e.kind());
+            match e.kind() {
+                // It was accepted, and its end came before this thread had a look: as if the request had been on its way.
+                std::io::ErrorKind::ConnectionReset => Failure::early(reason),
+                _ => Failure::late(reason),
+            }
+        })?;
         self.counts.borrow_mut().report.connections += 1;
         // Without it Nagle's algorithm would wait for acknowledgements between head and body.
         stream.set_nodelay(true).map_err(|e| Failure::early(format!("connect: {}", e.kind())))?;
