@@ -129,12 +129,15 @@ impl Nodes {
         self.with(node, |n| n.agent_version = version.chars().take(64).collect());
     }
 
-    pub(super) fn acked(&self, node: &str, type_url: &str, state: u64) {
+    /// `whole`: whether there is nothing that it has rejected.
+    pub(super) fn acked(&self, node: &str, type_url: &str, state: u64, whole: bool) {
         self.with(node, |n| {
             let status = n.types.entry(type_url.to_owned()).or_default();
             status.acks += 1;
             status.acknowledged = state;
-            status.last_nack = None;
+            if whole {
+                status.last_nack = None;
+            }
         });
     }
 

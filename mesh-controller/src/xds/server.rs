@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::nodes::Nodes;
 use super::store::Store;
-use super::subscription::{Answered, Subscription};
+use super::subscription::{Answered, REFUSED_AGAIN, Subscription};
 use crate::metrics::{Metrics, short_type};
 use crate::tls::node_of;
 
@@ -29,6 +29,8 @@ const RESPONSE_QUEUE: usize = 4;
 const BEGINNING: usize = 8;
 /// Longest time that one stream keeps others from beginning.
 const BEGIN_LIMIT: Duration = Duration::from_secs(5);
+/// A stream that asks for nothing more for this long has begun.
+const BEGIN_SILENCE: Duration = Duration::from_millis(200);
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -126,11 +128,18 @@ impl OneStream {
                     }
                 },
                 () = &mut turn_ends, if turn.is_some() => turn = None,
+                // A node of another version asks for fewer types.
+                () = tokio::time::sleep(BEGIN_SILENCE), if turn.is_some() => turn = None,
+                () = tokio::time::sleep(REFUSED_AGAIN), if self.has_refused() => {}
                 _ = version.changed() => tokio::time::sleep(COALESCE).await,
                 () = stopping.cancelled() => return Err(stopped()),
             }
             self.send().await?;
         }
+    }
+
+    fn has_refused(&self) -> bool {
+        self.subscriptions.values().any(Subscription::has_refused)
     }
 
     fn take(&mut self, request: &DeltaDiscoveryRequest) -> Result<(), Status> {
@@ -162,9 +171,9 @@ impl OneStream {
         }
         match answered {
             Answered::Nothing => {}
-            Answered::Ack { from, to } => {
+            Answered::Ack { from, to, whole } => {
                 metrics.answered(type_url, true);
-                nodes.acked(&self.node, type_url, to);
+                nodes.acked(&self.node, type_url, to, whole);
                 for heard in self.service.store.heard(type_url, from, to) {
                     metrics.converged(type_url, heard.elapsed().as_secs_f64());
                 }

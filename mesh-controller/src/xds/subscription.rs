@@ -3,9 +3,9 @@
 //! At most one response is under way; the next is made when the node has answered it, from the state as it is then. So a
 //! node that is slow gets fewer and larger responses instead of a queue.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_api::codec::REJECTION_TYPE;
 use mesh_api::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
@@ -22,6 +22,11 @@ pub const RESPONSE_BYTES: usize = 64 << 10;
 /// stream costs the same however large the state is that it is told.
 pub const RESPONSE_NAMES: usize = 1000;
 
+/// Pause before a node is told again what it has rejected: another version of it may be running, or what was in the way gone.
+pub const REFUSED_AGAIN: Duration = Duration::from_secs(30);
+/// Characters kept of a node's reason.
+const REASON: usize = 4096;
+
 /// What a node answered to a response.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Answered {
@@ -32,8 +37,10 @@ pub enum Answered {
     Ack {
         /// Before.
         from: u64,
-        /// Now.
+        /// Now; as before while there is something that it has rejected.
         to: u64,
+        /// Whether it has rejected nothing that it was told.
+        whole: bool,
     },
     /// It did not.
     Nack {
@@ -79,6 +86,9 @@ pub struct Subscription {
     /// The node has everything up to this change; 0 until it has a whole state.
     acknowledged: u64,
     due: VecDeque<Arc<str>>,
+    /// What the node has rejected and not taken since.
+    refused: BTreeSet<Arc<str>>,
+    refused_at: Option<Instant>,
     under_way: Option<UnderWay>,
     /// A response is owed even if it is empty: the node waits to hear that it has everything.
     owed: bool,
@@ -111,6 +121,8 @@ impl Subscription {
             begun,
             acknowledged: 0,
             due: VecDeque::new(),
+            refused: BTreeSet::new(),
+            refused_at: None,
             under_way: None,
             owed: true,
             nonces: 0,
@@ -158,17 +170,38 @@ impl Subscription {
             Some(under_way) => match &request.error_detail {
                 None => {
                     let from = self.acknowledged.max(self.begun);
-                    if !under_way.more {
+                    for name in &under_way.names {
+                        self.refused.remove(name.as_str());
+                    }
+                    // What it lacks it does not have because it took something else since.
+                    let whole = self.refused.is_empty();
+                    if !under_way.more && whole {
                         self.acknowledged = from.max(under_way.state);
                     }
-                    Answered::Ack { from, to: self.acknowledged }
+                    Answered::Ack { from, to: self.acknowledged, whole }
                 }
-                Some(status) => Answered::Nack {
-                    message: status.message.clone(),
-                    names: rejected(status).unwrap_or(under_way.names),
-                },
+                Some(status) => {
+                    self.refused.extend(under_way.names.iter().map(|name| Arc::from(name.as_str())));
+                    self.refused_at = Some(Instant::now());
+                    // It may name what it was told, and nothing else.
+                    let told: HashSet<&String> = under_way.names.iter().collect();
+                    let named = rejected(status).map(|mut names| {
+                        names.retain(|name| told.contains(name));
+                        names
+                    });
+                    Answered::Nack {
+                        message: status.message.chars().take(REASON).collect(),
+                        names: named.filter(|names| !names.is_empty()).unwrap_or(under_way.names),
+                    }
+                }
             },
         }
+    }
+
+    /// Whether there is something that the node has rejected.
+    #[must_use]
+    pub fn has_refused(&self) -> bool {
+        !self.refused.is_empty()
     }
 
     /// When the response under way was sent.
@@ -182,6 +215,10 @@ impl Subscription {
     /// # Errors
     /// [`FellBehind`]: the stream has to end, the node comes back with what it knows.
     pub fn next(&mut self, store: &Store) -> Result<Option<DeltaDiscoveryResponse>, FellBehind> {
+        self.next_at(store, Instant::now())
+    }
+
+    fn next_at(&mut self, store: &Store, now: Instant) -> Result<Option<DeltaDiscoveryResponse>, FellBehind> {
         if self.under_way.is_some() {
             return Ok(None);
         }
@@ -193,6 +230,11 @@ impl Subscription {
             if !self.more {
                 break;
             }
+        }
+        // In responses of their own: what is rejected again takes nothing else with it.
+        if self.due.is_empty() && self.refused_at.is_some_and(|at| now.duration_since(at) >= REFUSED_AGAIN) {
+            self.refused_at = None;
+            self.due.extend(self.refused.iter().cloned());
         }
         if self.due.is_empty() && !self.owed {
             return Ok(None);
@@ -237,6 +279,7 @@ mod tests {
     use super::*;
     use mesh_api::model::{self, WORKLOAD_TYPE, Workload};
     use mesh_api::proto::Status;
+    use mesh_api::proto::mesh::RejectedResource;
 
     fn workload(uid: &str, node: &str) -> model::Resource {
         model::Resource::Workload(Workload {
@@ -353,6 +396,45 @@ mod tests {
         assert_eq!(s.take(&nack), Answered::Nack { message: "no".to_owned(), names: vec!["a".to_owned()] });
         assert_eq!(s.next(&store), Ok(None));
         assert_eq!(s.take(&nack), Answered::Nothing, "an answer counts once");
+    }
+
+    fn nack(response: &DeltaDiscoveryResponse, about: &[&str]) -> DeltaDiscoveryRequest {
+        let resources =
+            about.iter().map(|name| RejectedResource { name: (*name).to_owned(), ..Default::default() });
+        let rejection = Rejection { resources: resources.collect() };
+        let detail = Any { type_url: REJECTION_TYPE.to_owned(), value: rejection.encode_to_vec().into() };
+        DeltaDiscoveryRequest {
+            error_detail: Some(Status { code: 3, message: "no".repeat(REASON), details: vec![detail] }),
+            ..ack(response)
+        }
+    }
+
+    #[test]
+    fn a_node_that_rejected_something_lacks_it_whatever_else_it_takes_and_is_told_again_by_itself() {
+        let store = store(&["a"]);
+        let mut s = Subscription::begin(WORKLOAD_TYPE, &first(&["*"]), &store);
+        let response = s.next(&store).unwrap().unwrap();
+        s.take(&ack(&response));
+        store.update(&[workload("a", "2"), workload("b", "2")], &[], None);
+        let response = s.next(&store).unwrap().unwrap();
+        let Answered::Nack { message, names } = s.take(&nack(&response, &["a", "somebody-elses"])) else {
+            panic!("it was a rejection")
+        };
+        assert_eq!((message.len(), names), (REASON, vec!["a".to_owned()]));
+
+        store.update(&[workload("c", "2")], &[], None);
+        let response = s.next(&store).unwrap().unwrap();
+        assert_eq!(sent(&response), ["c"], "what was rejected takes nothing with it");
+        let Answered::Ack { from, to, whole } = s.take(&ack(&response)) else { panic!("it was taken") };
+        assert!(from == to && !whole, "it does not have the state up to the change of c");
+        assert_eq!(s.next(&store), Ok(None), "not at once");
+
+        let later = Instant::now() + REFUSED_AGAIN;
+        let response = s.next_at(&store, later).unwrap().unwrap();
+        assert_eq!(sent(&response), ["a", "b"]);
+        let Answered::Ack { from, to, whole } = s.take(&ack(&response)) else { panic!("it was taken") };
+        assert!(from < to && whole);
+        assert_eq!(s.next_at(&store, later + REFUSED_AGAIN), Ok(None));
     }
 
     #[test]
