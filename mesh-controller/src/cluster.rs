@@ -100,6 +100,9 @@ pub struct Cluster {
     pub ca: RwLock<CaSource>,
     source: RwLock<SourceStatus>,
     loaded: AtomicBool,
+    /// Held from before the index is changed until the nodes are told of it, by whoever changes it: so they are told of
+    /// changes in their order, and of nothing before the first whole state. Taken before the index's lock.
+    telling: Mutex<()>,
     /// Held while resources of trust are made, so that an older deny list never replaces a newer one.
     told_trust: Mutex<ToldTrust>,
     key_store: RwLock<KeyStore>,
@@ -139,6 +142,7 @@ impl Cluster {
             ca: RwLock::new(CaSource { mode: "files", secret: None, rotation: None }),
             source: RwLock::default(),
             loaded: AtomicBool::new(false),
+            telling: Mutex::new(()),
             told_trust: Mutex::default(),
             key_store: RwLock::default(),
             announcements: OnceLock::new(),
@@ -196,6 +200,7 @@ impl Cluster {
 
     /// Takes in what the API server told since `heard`, and tells the nodes once every kind has been listed.
     pub fn update(&self, changes: Vec<Change>, heard: Instant) {
+        let _telling = self.telling.lock();
         let delta = {
             let mut index = self.index.write();
             for change in changes {
@@ -261,6 +266,7 @@ impl Cluster {
 
     /// Takes a whole state in and tells the nodes what changed.
     pub fn take(&self, objects: Vec<Object>) {
+        let _telling = self.telling.lock();
         let delta = {
             let mut index = self.index.write();
             index.replace(objects);

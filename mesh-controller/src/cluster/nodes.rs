@@ -80,6 +80,7 @@ impl Cluster {
             KeyStore::Unread => return Err(KeysRefused::NotLoaded),
             _ => {}
         }
+        let _telling = self.telling.lock();
         let (changed, delta) = {
             let mut index = self.index.write();
             if index.node(node).is_none() {
@@ -100,6 +101,7 @@ impl Cluster {
     /// Takes over what objects say of nodes' keys; nothing for an object that is gone. Nodes that registered here count
     /// by what they registered.
     pub(crate) fn read_tunnel_keys(&self, read: Vec<(String, Option<Vec<TunnelKey>>)>) {
+        let _telling = self.telling.lock();
         let delta = {
             let mut index = self.index.write();
             for (node, keys) in read {
