@@ -204,7 +204,6 @@ pub(crate) fn wrong_inputs_of_the_nodes_commands_end_with_what_to_do() -> Result
             &["agent", "--config", &own_config, "--set", "worker.speed=9"],
             &["worker.speed", "no such setting"],
         )?;
-        check(&["agent", "--config", &own_config], &[&own_run_dir, "another agent runs", "end it first"])?;
         check(
             &["agent", "--config", &own_config, "--run-dir", &nowhere, "--bpffs", "/tmp"],
             &["/tmp", "mount -t bpf"],
