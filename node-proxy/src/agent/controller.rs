@@ -283,6 +283,9 @@ fn stored_identity(agent: &Agent) -> anyhow::Result<Option<NodeIdentity>> {
 
 /// Keeps the node's identity for the next agent; when to try again if that fails.
 fn write_down(agent: &Agent, identity: &NodeIdentity) -> Option<Instant> {
+    if !agent.disk.is_written() {
+        return Some(Instant::now() + agent.config.node.reconcile);
+    }
     let error = agent.disk.save_node_identity(&identity.key, &identity.chain).err()?;
     tracing::warn!(%error, "the next agent would have to register again");
     Some(Instant::now() + agent.config.node.reconcile)

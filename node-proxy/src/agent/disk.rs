@@ -136,6 +136,11 @@ impl Disk {
         self.health.others.store(!in_charge, Ordering::Relaxed);
     }
 
+    /// Whether this agent writes.
+    pub(super) fn is_written(&self) -> bool {
+        !self.health.others.load(Ordering::Relaxed)
+    }
+
     fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         if self.health.others.load(Ordering::Relaxed) {
             return Ok(());

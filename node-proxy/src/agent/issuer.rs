@@ -15,6 +15,9 @@ use super::Agent;
 use super::certificates::now;
 use crate::tls::provider::signature_algorithms;
 
+/// Shortest time until a certificate that replaced one of another root is itself replaced for that reason.
+const ISSUED_AGAIN: Duration = Duration::from_secs(10);
+
 /// Certificate of a root, DER.
 pub(super) type Root = Arc<[u8]>;
 
@@ -95,7 +98,11 @@ impl Early {
     ) -> Option<i64> {
         let root = root?;
         if self.seen.as_ref().is_none_or(|(of, seen)| *of != root || seen != name) {
-            let pause = spread.mul_f64(rand::random()).as_secs();
+            let mut pause = spread.mul_f64(rand::random()).as_secs();
+            // One that was just issued is of another root where the controller's replicas are not of one mind yet.
+            if self.seen.as_ref().is_some_and(|(of, _)| *of == root) {
+                pause = pause.max(ISSUED_AGAIN.as_secs());
+            }
             self.due = is_of_another(&root, &chain())
                 .then(|| now().saturating_add(i64::try_from(pause).unwrap_or(i64::MAX)));
             self.seen = Some((root, name.to_owned()));

@@ -389,6 +389,11 @@ async fn serve(begun: Begun, terminate: &mut tokio::signal::unix::Signal) -> any
                 below.tasks.clear();
                 below.worker.abort();
                 end_below(&agent).await?;
+                // Whoever starts containers again sees to it that this agent is there if the node is to be its own again.
+                anyhow::ensure!(
+                    told_to_end || agent.config.node.instance.is_empty(),
+                    "this agent handed its node over, and nobody has had the node for a while"
+                );
             }
             ended = &mut below.worker, if !drained && phase == Phase::Retired => {
                 ended.context("the worker's supervisor failed")?;

@@ -197,6 +197,10 @@ pub(super) async fn supervise(agent: Arc<Agent>, launcher: Launcher) {
     let path = launcher.socket(Role::Worker);
     let mut restarts = Restarts::new(&launcher.settings);
     loop {
+        if agent.takeover.phase() == Phase::Retired {
+            // It died before it could be told to drain; another one would only take connections from the successor's.
+            return;
+        }
         restarts.started();
         let mut child = None;
         let ended = async {
@@ -401,6 +405,9 @@ async fn bring_up(
         applied
     };
     agent.touch();
+    if agent.takeover.phase() == Phase::Retired {
+        link.drain(agent.config.processes.takeover_drain);
+    }
     match applied {
         Some(applied) => applied.await.context("the last good configuration does not come into force"),
         None => Ok(()),

@@ -8,7 +8,6 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::net::UnixStream;
 
-use super::super::worker::WorkerLink;
 use super::super::{Agent, pods};
 use super::record::Record;
 use super::{Offer, Phase, Successor, end_generation};
@@ -145,16 +144,14 @@ async fn hand_over(
     }
     // Those who waited hear that they have to ask the other one.
     drop(frozen);
+    if commit.other_maps
+        && let Err(error) = use_maps(agent, maps)
+    {
+        tracing::error!(error = format!("{error:#}"), "the worker that drains makes no connections any more");
+    }
+    // One that is only just coming up is told when it is there.
     let worker = agent.state.lock().worker.clone();
     if let Some(worker) = worker {
-        if commit.other_maps
-            && let Err(error) = use_maps(agent, &worker, maps)
-        {
-            tracing::error!(
-                error = format!("{error:#}"),
-                "the worker that drains makes no connections any more"
-            );
-        }
         worker.drain(agent.config.processes.takeover_drain);
     }
     Ok(())
@@ -162,10 +159,12 @@ async fn hand_over(
 
 /// The programs in force look into other maps now: sockets that the worker still needs have to be marked there, and those
 /// that it has in stock are marked in vain.
-fn use_maps(agent: &Agent, worker: &WorkerLink, maps: Vec<OwnedFd>) -> anyhow::Result<()> {
+fn use_maps(agent: &Agent, maps: Vec<OwnedFd>) -> anyhow::Result<()> {
     let mut maps = maps.into_iter();
     let (own, notes) = maps.next().zip(maps.next()).context("it did not hand its maps over")?;
     agent.kernel().redirect.lock().use_maps(own, notes)?;
+    let worker = agent.state.lock().worker.clone();
+    let Some(worker) = worker else { return Ok(()) };
     worker.maps(agent.kernel())?;
     worker.renew_sockets();
     Ok(())

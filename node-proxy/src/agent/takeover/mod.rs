@@ -54,6 +54,8 @@ pub(super) const IN_CHARGE: &str = "in charge";
 const BETWEEN_TRIES: Duration = Duration::from_millis(200);
 /// How often a process is asked to end that goes away when it is asked.
 const MOST_TRIES: u32 = 10;
+/// Longest pause between attempts that came to nothing.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// A process that lives answers a hello at once.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -252,10 +254,20 @@ pub(super) async fn begin(
     front: &Arc<Front>,
 ) -> anyhow::Result<Begun> {
     let mut told = String::new();
+    let mut pause = BETWEEN_TRIES;
+    let mut free_since = None;
     loop {
         let record = Record::read(&config.node.run_dir)?;
         if record.is_over(&config.node.instance) {
-            // Started again after it handed the node over: whoever it was handed to has it.
+            // Started again after it handed the node over: whoever it was handed to has it, unless that one is gone for good.
+            match lock(&config.node.run_dir)? {
+                None => free_since = None,
+                Some(lock) if free_since.get_or_insert_with(Instant::now).elapsed() >= ABANDONED => {
+                    tracing::warn!("nobody has had this node for a while; this agent has it again");
+                    return alone(config, log, front, lock, &record).await;
+                }
+                Some(_) => {}
+            }
             wait(
                 front,
                 &mut told,
@@ -267,12 +279,21 @@ pub(super) async fn begin(
         if let Some(lock) = lock(&config.node.run_dir)? {
             return alone(config, log, front, lock, &record).await;
         }
-        let why = match take::take(config, log, front).await {
-            Ok(begun) => return Ok(begun),
-            Err(error) => format!("{error:#}"),
+        let (stream, offer) = match take::ask(config).await {
+            Ok(asked) => asked,
+            Err(error) => {
+                wait(front, &mut told, format!("{error:#}"));
+                tokio::time::sleep(BETWEEN_TRIES).await;
+                continue;
+            }
         };
-        wait(front, &mut told, why);
-        tokio::time::sleep(BETWEEN_TRIES).await;
+        match take::take(config, log, front, stream, offer).await {
+            Ok(begun) => return Ok(begun),
+            Err(error) => wait(front, &mut told, format!("{error:#}")),
+        }
+        // Each attempt has a certificate signed for every pod, and stops enrolments for a moment.
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
@@ -334,8 +355,11 @@ fn start(agent: &Arc<Agent>, charge: Charge) -> anyhow::Result<Vec<AbortOnDrop>>
 /// # Errors
 /// When one does not end.
 pub(super) async fn end_own(agent: &Agent) -> anyhow::Result<()> {
-    if agent.takeover.phase() == Phase::Preparing {
-        end_generation(&agent.config.node.run_dir, agent.takeover.generation).await?;
+    let run_dir = &agent.config.node.run_dir;
+    // The node may be this agent's without its having heard so yet.
+    let is_own = Record::read(run_dir)?.is_of(agent.takeover.generation);
+    if agent.takeover.phase() == Phase::Preparing && !is_own {
+        end_generation(run_dir, agent.takeover.generation).await?;
     }
     Ok(())
 }

@@ -70,6 +70,7 @@ impl Record {
         if generation != self.generation && !self.instance.is_empty() && self.instance != instance {
             before.push(self.instance.clone());
         }
+        before.retain(|before| before != instance);
         before.drain(..before.len().saturating_sub(REMEMBERED));
         Self { generation, instance: instance.to_owned(), before }
     }
@@ -101,6 +102,7 @@ mod tests {
         assert!(second.is_over("a") && !second.is_over("b") && !second.is_over(""));
         second.write(dir.path()).unwrap();
         assert_eq!(Record::read(dir.path()).unwrap(), second);
+        assert!(!second.with(1, "a").is_over("a"), "it had to take the node back");
         fs::write(path(dir.path()), "{").unwrap();
         assert!(Record::read(dir.path()).unwrap_err().to_string().contains(FILE));
     }

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::super::certificates::{self, CertificateError};
 use super::super::netns::Listeners;
 use super::super::requests::{self, Front, Reply, Request};
-use super::super::{Agent, admin, cni, pods};
+use super::super::{Agent, admin, cni, pods, save_config};
 use super::record::Record;
 use super::{Begun, Charge, Offer, Phase, Successor, end_generation, start};
 use crate::child::LogArguments;
@@ -59,8 +59,9 @@ pub(super) async fn take(
     config: &NodeConfig,
     log: &LogArguments,
     front: &Arc<Front>,
+    stream: UnixStream,
+    offer: Offer,
 ) -> anyhow::Result<Begun> {
-    let (stream, offer) = ask(config).await?;
     tracing::info!(
         pid = offer.pid,
         version = offer.version,
@@ -87,7 +88,11 @@ pub(super) async fn take(
     }
 }
 
-async fn ask(config: &NodeConfig) -> anyhow::Result<(UnixStream, Offer)> {
+/// Asks the agent in charge for the node.
+///
+/// # Errors
+/// Why it does not hand it over.
+pub(super) async fn ask(config: &NodeConfig) -> anyhow::Result<(UnixStream, Offer)> {
     let path = requests::socket(&config.node.run_dir);
     let request = Request::TakeOver(Successor {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -196,6 +201,8 @@ async fn take_over(
     }
     agent.takeover.phase.send_replace(Phase::InCharge);
     agent.disk.write_if(true);
+    // What came while the other one wrote.
+    save_config(agent).await;
     cni::learn_again(agent);
     pods::save(agent);
     certificates::save(agent);
@@ -284,7 +291,18 @@ fn take_charge(
 ) -> anyhow::Result<Charge> {
     let wanted = agent.config.node.admin;
     let same = handed.local_addr().context("cannot look at the admin listener")? == wanted;
-    let admin = if same { handed } else { admin::bind(wanted)? };
+    let admin = match admin::bind(wanted) {
+        _ if same => handed,
+        Ok(bound) => bound,
+        Err(error) => {
+            // The other agent listens there on all addresses, or on one of them, for as long as it lives.
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "metrics and readiness are at the address of the agent before until this one is started again"
+            );
+            handed
+        }
+    };
     Ok(Charge { lock, requests, admin })
 }
 
