@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 
 from .driving import (
     AGENTS, ask, captured, client_on, controller_page, enrolled, expect, get, HERE, kubectl, metrics, on, pods, status, SYSTEM, until,
@@ -120,9 +121,13 @@ def refused_with(token):
          "--admin=127.0.0.1:15021", f"--controller={address}:15012", f"--controller-name={address}",
          "--controller-ca=/var/run/sockmesh/trust/root.pem", f"--token-file={token}"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # One that says neither is not waited for for ever.
+    limit = threading.Timer(60, thief.kill)
+    limit.start()
     try:
         refused = next((line for line in thief.stdout if "cannot register" in line or "has a certificate" in line), "")
     finally:
+        limit.cancel()
         kubectl("exec", "-n", SYSTEM, agent, "--", "sockmesh-node", "uninstall", *own)
         thief.wait(timeout=30)
     expect("cannot register" in refused, f"it was not refused: {refused}")
