@@ -230,7 +230,7 @@ class Capture:
     def __init__(self):
         self.file = pathlib.Path(tempfile.mkdtemp()) / "wire.pcap"
         self.process = subprocess.Popen(
-            ["nsenter", f"--net=/run/netns/{NAME}-fabric", "tcpdump", "-i", "any", "-U", "-s", "0", "-w", str(self.file), "tcp"],
+            ["nsenter", f"--net=/run/netns/{NAME}-fabric", "tcpdump", "-i", "any", "--immediate-mode", "-U", "-s", "0", "-w", str(self.file), "tcp"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until("the capture", lambda: self.file.exists() and self.file.stat().st_size)
 
