@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
 
 use apiserver::story::{WEB, agent, cluster, cluster_with_foreign_ca, follow, roots, told, uid, until};
-use apiserver::{Replica, SYSTEM, command, eventually};
+use apiserver::{ApiServer, Replica, SYSTEM, command, eventually};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::coordination::v1::Lease;
@@ -152,15 +152,21 @@ async fn a_ca_secret_that_is_absent_expired_or_unreadable_stops_the_start() {
     assert!(error.contains("the CA in it cannot be used"), "{error}");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_ca_from_a_secret_is_followed_and_a_bad_one_is_not_taken() {
-    let Some(api) = cluster_with_foreign_ca().await else { return };
+/// A controller whose CA is in a Secret of somebody else's.
+async fn replica_with_foreign_ca(api: &ApiServer) -> (Api<Secret>, Replica) {
     let secrets: Api<Secret> = Api::namespaced(api.client.clone(), SYSTEM);
     apiserver::put(&secrets, &ca_secret("sockmesh-ca", 30)).await;
-    let mut command = command(&api, "one");
+    let mut command = command(api, "one");
     command.args(["--ca-mode", "secret"]);
     let replica = Replica::run(command);
     replica.ready().await;
+    (secrets, replica)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ca_from_a_secret_is_followed_and_a_bad_one_is_not_taken() {
+    let Some(api) = cluster_with_foreign_ca().await else { return };
+    let (secrets, replica) = replica_with_foreign_ca(&api).await;
     let roots_told = |debug: &Value| debug["resources"]["Trust"]["trust"]["resource"]["roots"].clone();
     let before = roots_told(&replica.debug().await);
 
@@ -182,12 +188,7 @@ async fn a_ca_from_a_secret_is_followed_and_a_bad_one_is_not_taken() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ca_of_somebody_else_is_not_rotated_and_its_secret_is_never_written() {
     let Some(api) = cluster_with_foreign_ca().await else { return };
-    let secrets: Api<Secret> = Api::namespaced(api.client.clone(), SYSTEM);
-    apiserver::put(&secrets, &ca_secret("sockmesh-ca", 30)).await;
-    let mut command = command(&api, "one");
-    command.args(["--ca-mode", "secret"]);
-    let replica = Replica::run(command);
-    replica.ready().await;
+    let (secrets, replica) = replica_with_foreign_ca(&api).await;
     let leading = "sockmesh_controller_leader";
     eventually(|| async { replica.metric(leading).await == Some(1.0) }, || replica.log()).await;
     let asked = ask_for_rotation(&secrets).await;

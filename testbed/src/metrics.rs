@@ -21,6 +21,38 @@ impl Sample {
     pub fn label(&self, name: &str) -> &str {
         self.labels.get(name).map_or("", String::as_str)
     }
+
+    /// Reads one line.
+    ///
+    /// # Errors
+    /// Why it is not one.
+    pub fn read(line: &str) -> Result<Self> {
+        let end = line.find(['{', ' ']).context("no value")?;
+        let (name, mut rest) = line.split_at(end);
+        let mut labels = BTreeMap::new();
+        if let Some(inside) = rest.strip_prefix('{') {
+            rest = inside;
+            loop {
+                rest = rest.trim_start_matches([',', ' ']);
+                if let Some(after) = rest.strip_prefix('}') {
+                    rest = after;
+                    break;
+                }
+                let (label, after) = rest.split_once("=\"").context("a label without a value")?;
+                let (value, after) = quoted(after)?;
+                labels.insert(label.trim().to_owned(), value);
+                rest = after;
+            }
+        }
+        // A time stamp or an exemplar may follow the value.
+        let value = rest.split_whitespace().next().context("no value")?;
+        let value = match value {
+            "+Inf" => f64::INFINITY,
+            "-Inf" => f64::NEG_INFINITY,
+            number => number.parse().context("the value is not a number")?,
+        };
+        Ok(Self { name: name.to_owned(), labels, value })
+    }
 }
 
 /// All samples of one or more scrapes.
@@ -39,7 +71,8 @@ impl Metrics {
         let mut samples = Vec::new();
         for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
             samples.push(
-                sample(line).with_context(|| format!("not a line of Prometheus's text format: {line:?}"))?,
+                Sample::read(line)
+                    .with_context(|| format!("not a line of Prometheus's text format: {line:?}"))?,
             );
         }
         Ok(Self { samples })
@@ -64,34 +97,6 @@ impl Metrics {
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         self.select(name, labels).map(|s| s.value).sum()
     }
-}
-
-fn sample(line: &str) -> Result<Sample> {
-    let end = line.find(['{', ' ']).context("no value")?;
-    let (name, mut rest) = line.split_at(end);
-    let mut labels = BTreeMap::new();
-    if let Some(inside) = rest.strip_prefix('{') {
-        rest = inside;
-        loop {
-            rest = rest.trim_start_matches([',', ' ']);
-            if let Some(after) = rest.strip_prefix('}') {
-                rest = after;
-                break;
-            }
-            let (label, after) = rest.split_once("=\"").context("a label without a value")?;
-            let (value, after) = quoted(after)?;
-            labels.insert(label.trim().to_owned(), value);
-            rest = after;
-        }
-    }
-    // A time stamp or an exemplar may follow the value.
-    let value = rest.split_whitespace().next().context("no value")?;
-    let value = match value {
-        "+Inf" => f64::INFINITY,
-        "-Inf" => f64::NEG_INFINITY,
-        number => number.parse().context("the value is not a number")?,
-    };
-    Ok(Sample { name: name.to_owned(), labels, value })
 }
 
 /// Reads up to the closing quote; returns the text and what follows.

@@ -223,6 +223,12 @@ class Load:
         expect(sent > 20, f"only {sent} requests were sent")
         return sent, failed
 
+    def unfailing(self):
+        """Stops, and says how many requests were sent, none of which may have failed."""
+        sent, failed = self.stop()
+        expect(not failed, f"{len(failed)} of {sent} requests failed: {outcomes(failed)}")
+        return sent
+
 
 class Capture:
     """Records what passes between the machines."""

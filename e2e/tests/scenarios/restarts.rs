@@ -4,9 +4,9 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use e2e::load::{answered, end};
 use e2e::{Outcome, Stage, addresses, talk};
-use nix::sys::signal::Signal;
-use testbed::load::{LoadReport, load};
+use testbed::load::load;
 use testbed::{Capture, Pod, PodSpec, Process, programs, wait};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -25,19 +25,6 @@ fn start_load(stage: &Stage, args: &[&str]) -> Result<Process> {
     let load = spawn_load(stage, args)?;
     answered(&load, 50)?;
     Ok(load)
-}
-
-/// Waits for `n` more good answers.
-fn answered(load: &Process, n: u64) -> Result<()> {
-    let ok = || -> Result<u64> { Ok(LoadReport::newest(load)?.map_or(0, |r| r.ok)) };
-    let before = ok()?;
-    wait::until(&format!("{n} more answers"), LIMIT, || Ok((ok()? >= before + n).then_some(())))
-}
-
-fn end_load(mut load: Process) -> Result<LoadReport> {
-    load.signal(Signal::SIGTERM)?;
-    load.wait(LIMIT)?;
-    LoadReport::last(&load)
 }
 
 pub(crate) fn a_worker_that_is_killed_under_load_refuses_no_connection_and_sends_nothing_plain()
@@ -63,7 +50,7 @@ pub(crate) fn a_worker_that_is_killed_under_load_refuses_no_connection_and_sends
             stage.kill_workers(stage.mesh.node(1 + n % 2))?;
             answered(&load, 40)?;
         }
-        let report = end_load(load)?;
+        let report = end(load)?;
         ensure!(report.failed == 0, "{report:?}");
         // A kill can cost each connection one request, and no more: what follows finds the next worker's listeners.
         ensure!(report.resent <= u64::from(kills) * connections, "{report:?}");
@@ -89,10 +76,10 @@ pub(crate) fn an_agent_that_is_killed_and_comes_back_costs_no_request() -> Resul
             ensure!(node.worker_pids()? == workers, "the worker of {} is another one", node.name());
             answered(&load, 200)?;
             answered(&fresh, 200)?;
-            let fresh = end_load(fresh)?;
+            let fresh = end(fresh)?;
             ensure!(fresh.failed == 0, "{}: {fresh:?}", node.name());
         }
-        let old = end_load(load)?;
+        let old = end(load)?;
         ensure!(old.failed == 0 && old.connections == 8, "{old:?}");
         Ok(())
     })
@@ -236,7 +223,7 @@ pub(crate) fn a_root_that_is_replaced_under_load_costs_no_request() -> Result<Ou
         take_over(&[&next.certificate_pem])?;
         let last = start_load(stage, &["--connection-per-request", "--rate", "50"])?;
         for load in [kept, fresh, last] {
-            let report = end_load(load)?;
+            let report = end(load)?;
             ensure!(report.failed == 0, "{report:?}");
         }
         Ok(())
@@ -259,7 +246,7 @@ pub(crate) fn certificates_that_are_renewed_all_the_time_cost_no_request() -> Re
             let before = renewals()?;
             wait::until("five renewals", LIMIT, || Ok((renewals()? >= before + 5.0).then_some(())))?;
         }
-        let (kept, fresh) = (end_load(kept)?, end_load(fresh)?);
+        let (kept, fresh) = (end(kept)?, end(fresh)?);
         ensure!(kept.failed == 0 && kept.connections == 4, "{kept:?}");
         ensure!(fresh.failed == 0, "{fresh:?}");
         Ok(())
@@ -286,7 +273,7 @@ pub(crate) fn a_pod_that_joins_and_leaves_all_the_time_costs_no_request() -> Res
                 Ok((captured()? >= before + 10.0).then_some(()))
             })?;
         }
-        let report = end_load(load)?;
+        let report = end(load)?;
         ensure!(report.failed == 0, "{report:?}");
         Ok(())
     })

@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use e2e::load::{answered, end};
 use e2e::{Outcome, Stage, talk};
 use nix::sys::signal::Signal;
-use testbed::load::{LoadReport, load};
+use testbed::load::load;
 use testbed::{Capture, Node, Pod, Process, programs, wait};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -21,19 +22,6 @@ fn start_load(from: &Pod, to: &Pod, port: u16, args: &[&str]) -> Result<Process>
     let load = load.spawn()?;
     answered(&load, 20)?;
     Ok(load)
-}
-
-/// Waits for `n` more good answers.
-fn answered(load: &Process, n: u64) -> Result<()> {
-    let ok = || -> Result<u64> { Ok(LoadReport::newest(load)?.map_or(0, |r| r.ok)) };
-    let before = ok()?;
-    wait::until(&format!("{n} more answers"), LIMIT, || Ok((ok()? >= before + n).then_some(())))
-}
-
-fn end_load(mut load: Process) -> Result<LoadReport> {
-    load.signal(Signal::SIGTERM)?;
-    load.wait(LIMIT)?;
-    LoadReport::last(&load)
 }
 
 /// A raw TCP stream on which something is said all the time.
@@ -145,7 +133,7 @@ pub(crate) fn an_agent_takes_a_node_over_from_another_under_load_and_no_request_
         for load in loads {
             answered(&load, 50)?;
             let name = load.log_path().display().to_string();
-            let report = end_load(load)?;
+            let report = end(load)?;
             ensure!(report.failed == 0, "{name}: {report:?}");
         }
         let plain = capture.finish()?.canary_bytes(CANARY);
@@ -197,7 +185,7 @@ pub(crate) fn an_agent_that_cannot_get_ready_leaves_the_node_to_the_other_one() 
         let mut old = stage.mesh.wait_for_take_over(node, successor)?;
         ensure!(old.wait(LIMIT)?.success(), "the old agent failed");
         answered(&load, 100)?;
-        let report = end_load(load)?;
+        let report = end(load)?;
         ensure!(report.failed == 0, "{report:?}");
         Ok(())
     })
@@ -246,7 +234,7 @@ pub(crate) fn an_agent_that_dies_after_it_took_the_node_is_replaced_and_nothing_
         chat.0.kill()?;
         ensure!(old.wait(LIMIT)?.success(), "the old agent failed");
         ensure!(below(node)?.0.len() == 1 && below(node)?.1.len() == 1, "{:?}", below(node)?);
-        let report = end_load(load)?;
+        let report = end(load)?;
         ensure!(report.failed == 0, "{report:?}");
         let plain = capture.finish()?.canary_bytes(CANARY);
         ensure!(plain == 0, "{plain} bytes of plain text");
@@ -285,7 +273,7 @@ pub(crate) fn pods_join_and_leave_while_the_node_changes_hands() -> Result<Outco
         let pods = node.status()?["pods"].as_array().map_or(0, Vec::len);
         ensure!(pods == 2, "{pods} pods are enrolled");
         let load = start_load(&stage.near, &stage.far, 8080, &[])?;
-        let report = end_load(load)?;
+        let report = end(load)?;
         ensure!(report.failed == 0, "{report:?}");
         Ok(())
     })

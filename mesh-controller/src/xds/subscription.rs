@@ -173,7 +173,7 @@ impl Subscription {
                     for name in &under_way.names {
                         self.refused.remove(name.as_str());
                     }
-                    // What it lacks it does not have because it took something else since.
+                    // Taking something else does not make up for what it rejected.
                     let whole = self.refused.is_empty();
                     if !under_way.more && whole {
                         self.acknowledged = from.max(under_way.state);

@@ -605,14 +605,13 @@ pub(super) fn reinstate(agent: &Agent) {
             );
         }
         drop(specs);
-        if let Some(worker) = &state.worker {
-            match worker.maps(agent.kernel()) {
-                Ok(()) => worker.renew_sockets(),
-                Err(error) => tracing::error!(
-                    error = format!("{error:#}"),
-                    "the worker does not have the redirection's maps; restart it"
-                ),
-            }
+        if let Some(worker) = &state.worker
+            && let Err(error) = worker.other_maps(agent.kernel())
+        {
+            tracing::error!(
+                error = format!("{error:#}"),
+                "the worker does not have the redirection's maps; restart it"
+            );
         }
         state.pods.values_mut().for_each(|pod| pod.applied = None);
         state.pods.keys().cloned().collect()

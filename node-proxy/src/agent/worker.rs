@@ -94,9 +94,14 @@ impl WorkerLink {
         Ok(())
     }
 
-    /// Tells it that the sockets which it has in stock are of no use any more.
-    pub(super) fn renew_sockets(&self) {
+    /// Hands over the notes of a redirection with other maps, in which the sockets that it has in stock are not marked.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub(super) fn other_maps(&self, kernel: &Kernel) -> anyhow::Result<()> {
+        self.maps(kernel)?;
         self.send(to_worker::Message::RenewSockets(RenewSockets {}), Vec::new());
+        Ok(())
     }
 
     /// Tells it to take no more connections, and to end when those that there are have ended or are too old.

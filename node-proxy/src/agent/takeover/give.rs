@@ -164,10 +164,7 @@ fn use_maps(agent: &Agent, maps: Vec<OwnedFd>) -> anyhow::Result<()> {
     let (own, notes) = maps.next().zip(maps.next()).context("it did not hand its maps over")?;
     agent.kernel().redirect.lock().use_maps(own, notes)?;
     let worker = agent.state.lock().worker.clone();
-    let Some(worker) = worker else { return Ok(()) };
-    worker.maps(agent.kernel())?;
-    worker.renew_sockets();
-    Ok(())
+    worker.map_or(Ok(()), |worker| worker.other_maps(agent.kernel()))
 }
 
 async fn next(reader: &mut FrameReader) -> anyhow::Result<(to_incumbent::Message, Vec<OwnedFd>)> {

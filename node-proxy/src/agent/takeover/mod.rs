@@ -255,25 +255,20 @@ pub(super) async fn begin(
 ) -> anyhow::Result<Begun> {
     let mut told = String::new();
     let mut pause = BETWEEN_TRIES;
-    let mut free_since = None;
     loop {
         let record = Record::read(&config.node.run_dir)?;
         if record.is_over(&config.node.instance) {
             // Started again after it handed the node over: whoever it was handed to has it, unless that one is gone for good.
-            match lock(&config.node.run_dir)? {
-                None => free_since = None,
-                Some(lock) if free_since.get_or_insert_with(Instant::now).elapsed() >= ABANDONED => {
-                    tracing::warn!("nobody has had this node for a while; this agent has it again");
-                    return alone(config, log, front, lock, &record).await;
-                }
-                Some(_) => {}
-            }
             wait(
                 front,
                 &mut told,
                 "this agent has handed the node over already and waits to be ended".to_owned(),
             );
-            tokio::time::sleep(BETWEEN_TRIES).await;
+            abandoned(&config.node.run_dir).await;
+            if let Some(lock) = lock(&config.node.run_dir)? {
+                tracing::warn!("nobody has had this node for a while; this agent has it again");
+                return alone(config, log, front, lock, &Record::read(&config.node.run_dir)?).await;
+            }
             continue;
         }
         if let Some(lock) = lock(&config.node.run_dir)? {
