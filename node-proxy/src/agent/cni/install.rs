@@ -1,5 +1,5 @@
-//! Having the plugin in the node's chain: its program in the directory of plugins, its entry in the configuration that the
-//! container runtime uses, which is the first one by name. Other installers rewrite that file at will, so it is watched.
+//! Putting the plugin into the node's chain: its program into the directory of plugins, its entry into the configuration
+//! that the container runtime uses, which is the first one by name.
 //!
 //! Every file is replaced by renaming, so the runtime never reads half of one. A single plugin's file (`X.conf`) is
 //! replaced by a chain (`X.conflist`) and kept beside it under a name that the runtime does not read.
@@ -10,14 +10,9 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
 
-use rustix::fs::inotify;
 use serde_json::{Value, json};
-use tokio::net::unix::pipe::Receiver;
 
-use super::super::Agent;
 use super::chain::{self, PLUGIN};
 use super::{Chained, knowledge_file};
 use crate::config::{CniSettings, NodeConfig, NodeSettings};
@@ -26,12 +21,8 @@ use crate::config::{CniSettings, NodeConfig, NodeSettings};
 const SAVED: &str = ".sockmesh-saved";
 /// Prefix of files that are being written; the runtime reads no such suffix as they have.
 const WRITING: &str = ".sockmesh-new";
-/// Longest pause between two looks.
-const LOOK_AGAIN: Duration = Duration::from_secs(30);
-/// Pause after a failure.
-const RETRY: Duration = Duration::from_secs(1);
 
-fn about(what: &str, path: &Path, e: &io::Error) -> io::Error {
+pub(super) fn about(what: &str, path: &Path, e: &io::Error) -> io::Error {
     io::Error::new(e.kind(), format!("cannot {what} {}: {e}", path.display()))
 }
 
@@ -66,16 +57,38 @@ fn to_text(configuration: &Value) -> Vec<u8> {
     format!("{configuration:#}\n").into_bytes()
 }
 
-/// Puts `entry` at the end of the first configuration that can be chained to, and nowhere else.
-fn put(dir: &Path, entry: &Value) -> io::Result<Chained> {
+/// What is to be done to a directory of configurations.
+#[derive(Debug)]
+enum Change {
+    /// Write a file as a whole.
+    Write { path: PathBuf, text: Vec<u8>, mode: u32 },
+    /// Take a single plugin's file out of the runtime's sight: a chain stands in for it.
+    SetAside(PathBuf),
+}
+
+impl Change {
+    fn make(self) -> io::Result<()> {
+        match self {
+            Self::Write { path, text, mode } => replace(&path, &text, mode),
+            Self::SetAside(path) => {
+                fs::rename(&path, saved(&path)).map_err(|e| about("set aside", &path, &e))
+            }
+        }
+    }
+}
+
+/// What it takes to have `entry` at the end of the first configuration that can be chained to, and nowhere else. Changes
+/// nothing.
+fn plan(dir: &Path, entry: &Value) -> io::Result<(Chained, Vec<Change>)> {
     let mut problems = Vec::new();
+    let mut changes = Vec::new();
     let mut chained = None;
     for path in configurations(dir)? {
         let text = fs::read(&path).map_err(|e| about("read", &path, &e))?;
         let mode = mode(&path)?;
         if chained.is_some() {
             if let Some(without) = chain::without(&text, entry["socket"].as_str().map(Path::new)) {
-                replace(&path, &to_text(&without), mode)?;
+                changes.push(Change::Write { path, text: to_text(&without), mode });
             }
             continue;
         }
@@ -86,23 +99,23 @@ fn put(dir: &Path, entry: &Value) -> io::Result<Chained> {
                     serde_json::from_slice::<Value>(&text).is_ok_and(|v| v.get("plugins").is_some());
                 let target = if is_list { path.clone() } else { path.with_extension("conflist") };
                 if !is_list && target.exists() && !names_plugin(&target)? {
-                    return Ok(Chained::Failed(format!(
+                    let failed = format!(
                         "{} is in use and {} stands where its chain would go; remove one of them",
                         path.display(),
                         target.display()
-                    )));
+                    );
+                    return Ok((Chained::Failed(failed), Vec::new()));
                 }
-                replace(&target, &to_text(&configuration), mode)?;
+                changes.push(Change::Write { path: target.clone(), text: to_text(&configuration), mode });
                 if !is_list {
-                    fs::rename(&path, saved(&path)).map_err(|e| about("set aside", &path, &e))?;
+                    changes.push(Change::SetAside(path));
                 }
-                tracing::info!(file = %target.display(), "the CNI plugin is in the chain");
                 chained = Some(target);
             }
             Err(problem) => problems.push(format!("{} {problem}", path.display())),
         }
     }
-    Ok(match chained {
+    let chained = match chained {
         Some(file) => Chained::In(file),
         None if problems.is_empty() => Chained::Nowhere,
         None => Chained::Failed(format!(
@@ -110,7 +123,19 @@ fn put(dir: &Path, entry: &Value) -> io::Result<Chained> {
             dir.display(),
             problems.join("; ")
         )),
-    })
+    };
+    Ok((chained, changes))
+}
+
+/// Puts `entry` where [`plan`] has it.
+fn put(dir: &Path, entry: &Value) -> io::Result<Chained> {
+    let (chained, changes) = plan(dir, entry)?;
+    let changed = !changes.is_empty();
+    changes.into_iter().try_for_each(Change::make)?;
+    if let (Chained::In(file), true) = (&chained, changed) {
+        tracing::info!(file = %file.display(), "the CNI plugin is in the chain");
+    }
+    Ok(chained)
 }
 
 fn mode(path: &Path) -> io::Result<u32> {
@@ -153,17 +178,15 @@ fn take_out(dir: &Path, socket: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Copies the plugin's program, unless the same is there.
-fn copy_program(settings: &CniSettings) -> io::Result<()> {
+/// The plugin's program, unless the same is where it shall be.
+fn program_to_copy(settings: &CniSettings) -> io::Result<Option<Vec<u8>>> {
     let own = || std::env::current_exe().map(|exe| exe.with_file_name(PLUGIN));
     let source = settings.program.clone().map_or_else(own, Ok)?;
     let program = fs::read(&source).map_err(|e| about("read the CNI plugin", &source, &e))?;
     let target = settings.bin_dir.join(PLUGIN);
     let executable = |path: &Path| fs::metadata(path).is_ok_and(|m| m.permissions().mode() & 0o111 == 0o111);
-    if executable(&target) && fs::read(&target).is_ok_and(|there| there == program) {
-        return Ok(());
-    }
-    replace(&target, &program, 0o755)
+    let there = executable(&target) && fs::read(&target).is_ok_and(|there| there == program);
+    Ok((!there).then_some(program))
 }
 
 /// The agent's socket as the host sees it, by which an entry in a chain is known to be this agent's.
@@ -189,9 +212,18 @@ fn entry(config: &NodeConfig) -> Value {
     })
 }
 
-fn install(config: &NodeConfig) -> io::Result<Chained> {
+/// Whether the node has something that the plugin could be in.
+fn has_network(cni: &CniSettings) -> io::Result<bool> {
+    Ok(cni.bin_dir.is_dir() && cni.conf_dir.is_dir() && !configurations(&cni.conf_dir)?.is_empty())
+}
+
+/// Has the plugin in the chain.
+///
+/// # Errors
+/// With the path.
+pub(super) fn install(config: &NodeConfig) -> io::Result<Chained> {
     let cni = &config.node.cni;
-    if !cni.bin_dir.is_dir() || !cni.conf_dir.is_dir() || configurations(&cni.conf_dir)?.is_empty() {
+    if !has_network(cni)? {
         return Ok(Chained::Nowhere);
     }
     let (note, socket) = (note(&config.node), socket(&config.node));
@@ -199,8 +231,57 @@ fn install(config: &NodeConfig) -> io::Result<Chained> {
         replace(&note, socket.as_os_str().as_bytes(), 0o600)?;
     }
     // The program first: a chain that names a missing one makes no sandbox at all.
-    copy_program(cni)?;
+    if let Some(program) = program_to_copy(cni)? {
+        replace(&cni.bin_dir.join(PLUGIN), &program, 0o755)?;
+    }
     put(&cni.conf_dir, &entry(config))
+}
+
+/// Fails where no file can be made: a directory of a file system that is mounted for reading, or of somebody else.
+fn writable(dir: &Path) -> io::Result<()> {
+    use rustix::fs::{Access, access};
+    access(dir, Access::WRITE_OK | Access::EXEC_OK).map_err(|e| about("write in", dir, &e.into()))
+}
+
+/// Why the plugin would not come into the chain if this agent had the node, as far as that can be seen without a change.
+///
+/// # Errors
+/// What cannot be read or written.
+fn rehearse(config: &NodeConfig) -> io::Result<Option<String>> {
+    let node = &config.node;
+    let cni = &node.cni;
+    if !cni.enabled {
+        return Ok(None);
+    }
+    if !has_network(cni)? {
+        // A node without a network of its own has no note, either.
+        let note = note(node);
+        return Ok(note.exists().then(|| {
+            format!(
+                "there is no network configuration in {} (node.cni.conf_dir) with plugins in {} (node.cni.bin_dir), and \
+                 there was one: correct the setting, or remove {} if the node has no such network any more",
+                cni.conf_dir.display(),
+                cni.bin_dir.display(),
+                note.display()
+            )
+        }));
+    }
+    if program_to_copy(cni)?.is_some() {
+        writable(&cni.bin_dir)?;
+    }
+    let (chained, changes) = plan(&cni.conf_dir, &entry(config))?;
+    if !changes.is_empty() {
+        writable(&cni.conf_dir)?;
+    }
+    Ok(match chained {
+        Chained::Failed(problem) => Some(problem),
+        _ => None,
+    })
+}
+
+/// See [`rehearse`].
+pub(in super::super) fn obstacle(config: &NodeConfig) -> Option<String> {
+    rehearse(config).unwrap_or_else(|error| Some(error.to_string()))
 }
 
 /// Takes this agent's plugin off the node.
@@ -233,63 +314,6 @@ pub(in super::super) fn remove(node: &NodeSettings) -> io::Result<()> {
     }
 }
 
-/// Notices of changes in the directories of plugins and configurations.
-fn watch(settings: &CniSettings) -> io::Result<Receiver> {
-    use inotify::{CreateFlags, WatchFlags};
-    let descriptor = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
-    let changes = WatchFlags::CLOSE_WRITE | WatchFlags::MOVE | WatchFlags::DELETE | WatchFlags::DELETE_SELF;
-    for dir in [&settings.bin_dir, &settings.conf_dir] {
-        inotify::add_watch(&descriptor, dir, changes).map_err(|e| about("watch", dir, &e.into()))?;
-    }
-    // No pipe, but as with one all there is to it is that it becomes readable.
-    Receiver::from_owned_fd_unchecked(descriptor)
-}
-
-/// Has the plugin in the chain, or out of it if it is switched off; ends only when aborted.
-pub(in super::super) async fn keep(agent: Arc<Agent>) {
-    let node = &agent.config.node;
-    if !node.cni.enabled {
-        if let Err(error) = remove(node) {
-            tracing::error!(%error, "the CNI plugin is switched off and still in the chain");
-        }
-        return;
-    }
-    // A plugin that is asked before it can know anything would let nobody up.
-    *agent.cni.lock() = Chained::NotYet;
-    let mut changes = agent.changed.subscribe();
-    while !knowledge_file(node).exists() {
-        if changes.changed().await.is_err() {
-            return;
-        }
-    }
-    loop {
-        // Before the look, so that no change falls between the two.
-        let watched = watch(&node.cni);
-        let now = install(&agent.config).unwrap_or_else(|error| Chained::Failed(error.to_string()));
-        let failed = matches!(now, Chained::Failed(_));
-        let before = std::mem::replace(&mut *agent.cni.lock(), now.clone());
-        if now != before {
-            if let Chained::Failed(problem) = &now {
-                tracing::error!(
-                    problem,
-                    "the CNI plugin is not in the chain; new pods run outside the mesh until they are found"
-                );
-            }
-            agent.touch();
-        }
-        let pause = if failed { RETRY } else { LOOK_AGAIN };
-        match watched {
-            Ok(watched) => {
-                let _ = tokio::time::timeout(pause, watched.readable()).await;
-            }
-            Err(error) => {
-                tracing::debug!(%error, "looking now and then instead");
-                tokio::time::sleep(pause).await;
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,6 +335,7 @@ mod tests {
                 fs::write(path("conf").join(name), value.to_string()).unwrap();
             }
             let mut config = NodeConfig::default();
+            config.node.cni.enabled = true;
             config.node.cni.bin_dir = path("bin");
             config.node.cni.conf_dir = path("conf");
             config.node.cni.program = Some(path("plugin"));
@@ -429,6 +454,85 @@ mod tests {
         config.node.cni.bin_dir = "/nonexistent/bin".into();
         assert_eq!(install(&config).unwrap(), Chained::Nowhere);
         remove(&config.node).unwrap();
+    }
+
+    #[test]
+    fn a_rehearsal_changes_nothing_and_finds_what_would_fail() {
+        let host = Host::new(&[
+            ("10-a.conf", json!({ "name": "a", "type": "bridge" })),
+            ("20-b.conflist", list("b")),
+        ]);
+        let before = host.files();
+        assert_eq!(obstacle(&host.config), None);
+        assert_eq!(host.files(), before);
+        assert!(!host.program().exists() && !note(&host.config.node).exists());
+        install(&host.config).unwrap();
+        assert_eq!(obstacle(&host.config), None);
+
+        let expect = |change: &dyn Fn(&mut CniSettings), problem: &str| {
+            let mut config = host.config.clone();
+            change(&mut config.node.cni);
+            let found = obstacle(&config).unwrap_or_default();
+            assert!(found.contains(problem), "{found:?} does not say {problem:?}");
+        };
+        expect(
+            &|cni| cni.program = Some("/nonexistent/plugin".into()),
+            "cannot read the CNI plugin /nonexistent",
+        );
+        expect(&|cni| cni.conf_dir = "/nonexistent/net.d".into(), "/nonexistent/net.d (node.cni.conf_dir)");
+        expect(&|cni| cni.bin_dir = "/nonexistent/bin".into(), "/nonexistent/bin (node.cni.bin_dir)");
+        let broken = host.dir.path().join("broken");
+        fs::create_dir(&broken).unwrap();
+        fs::write(broken.join("10-a.conflist"), "{}").unwrap();
+        expect(&|cni| cni.conf_dir.clone_from(&broken), "correct or remove it");
+
+        let mut off = host.config.clone();
+        off.node.cni.enabled = false;
+        off.node.cni.conf_dir = "/nonexistent/net.d".into();
+        assert_eq!(obstacle(&off), None);
+    }
+
+    /// A file system for reading only, on a temporary directory.
+    struct ReadOnly(tempfile::TempDir);
+
+    impl ReadOnly {
+        fn new(files: &[(&str, Value)]) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let mount = |options: &[&str]| {
+                let mount = std::process::Command::new("mount").args(options).arg(dir.path()).status();
+                assert!(mount.unwrap().success());
+            };
+            mount(&["-t", "tmpfs", "none"]);
+            for (name, value) in files {
+                fs::write(dir.path().join(name), value.to_string()).unwrap();
+            }
+            mount(&["-o", "remount,ro"]);
+            Self(dir)
+        }
+    }
+
+    impl Drop for ReadOnly {
+        fn drop(&mut self) {
+            assert!(std::process::Command::new("umount").arg(self.0.path()).status().unwrap().success());
+        }
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn directories_that_cannot_be_written_are_found_before_the_node_changes_hands() {
+        let host = Host::new(&[("10-a.conflist", list("a"))]);
+        let (bin, conf) = (ReadOnly::new(&[]), ReadOnly::new(&[("10-a.conflist", list("a"))]));
+        for (name, dir) in [("bin", &bin), ("conf", &conf)] {
+            let mut config = host.config.clone();
+            let path = dir.0.path();
+            match name {
+                "bin" => config.node.cni.bin_dir = path.to_owned(),
+                _ => config.node.cni.conf_dir = path.to_owned(),
+            }
+            let problem = obstacle(&config).unwrap_or_default();
+            assert!(problem.contains(&format!("cannot write in {}", path.display())), "{name}: {problem:?}");
+            install(&config).expect_err(name);
+        }
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! The agent's side of the CNI plugin: what it asks about new pods, what it is to know while no agent runs, and having it
-//! in the node's chain of plugins ([`chain`], [`install`]).
+//! in the node's chain of plugins ([`chain`], [`install`], [`keep`](mod@keep)).
 //!
 //! Until a pod's sandbox is there the kubelet starts nothing in it, and the sandbox is there when the plugin returns. So
 //! for a pod of the mesh the plugin's question is answered when the pod is enrolled, and not before.
 
 mod chain;
 mod install;
+mod keep;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -20,7 +21,8 @@ use super::mesh::Mesh;
 use super::{Agent, discover, netns, pods};
 use crate::config::NodeSettings;
 
-pub(super) use install::{keep, remove};
+pub(super) use install::{obstacle, remove};
+pub(super) use keep::keep;
 
 /// How long changes are gathered before the plugin's file is written.
 const GATHER: Duration = Duration::from_millis(100);

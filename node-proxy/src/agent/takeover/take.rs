@@ -112,6 +112,18 @@ pub(super) async fn ask(config: &NodeConfig) -> anyhow::Result<(UnixStream, Offe
 
 /// What is missing before the node can be taken.
 pub(in super::super) fn missing(agent: &Agent) -> Vec<String> {
+    let mut missing = missing_to_serve(agent);
+    // The agent in charge has it in the chain; one that could not put it there would let new pods run outside the mesh.
+    // It is looked at last, since files are read for it.
+    if missing.is_empty()
+        && let Some(problem) = cni::obstacle(&agent.config)
+    {
+        missing.push(format!("the CNI plugin would not be in the chain: {problem}"));
+    }
+    missing
+}
+
+fn missing_to_serve(agent: &Agent) -> Vec<String> {
     let mut missing = Vec::new();
     let keyd = agent.keyd.borrow().clone();
     let controller = agent.controller.status();
