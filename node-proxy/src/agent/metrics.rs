@@ -184,11 +184,7 @@ pub(super) async fn own(agent: &Agent) -> String {
     let taken =
         u64::from(agent.takeover.predecessor.lock().is_some() && agent.takeover.phase() != Phase::Preparing);
     let takeover = &agent.takeover;
-    for (part, value) in [
-        ("taken", taken),
-        ("given", takeover.given.load(Relaxed)),
-        ("broken_off", takeover.broken_off.load(Relaxed)),
-    ] {
+    for (part, value) in [("taken", taken), ("broken_off", takeover.broken_off.load(Relaxed))] {
         let _ = writeln!(t, "sockmesh_takeovers_total{{part=\"{part}\"}} {value}");
     }
     family(

@@ -382,7 +382,10 @@ async fn serve(begun: Begun, terminate: &mut tokio::signal::unix::Signal) -> any
                 return end_below(&agent).await;
             }
             () = agent.takeover.alone(), if told_to_end && phase == Phase::InCharge => {}
-            () = agent.takeover.retired(), if in_charge.is_some() => drop(in_charge.take()),
+            () = agent.takeover.retired(), if in_charge.is_some() => {
+                drop(in_charge.take());
+                below.tasks.push(AbortOnDrop(tokio::spawn(pods::follow_retired(Arc::clone(&agent)))));
+            }
             () = &mut abandoned, if !drained && phase == Phase::Retired => {
                 tracing::warn!("nobody has had this node for a while; ending the worker that drains");
                 drained = true;

@@ -329,8 +329,8 @@ fn take_served(
 
 /// Sees to it that every pod of the state has listeners: the adopted worker's, or fresh ones if nobody holds any.
 async fn prepare_pods(agent: &Arc<Agent>, served: &mut BTreeMap<String, Served>) -> anyhow::Result<()> {
-    if agent.takeover.phase() == Phase::Preparing {
-        // They are another agent's, which hands them over.
+    if agent.takeover.phase() != Phase::InCharge {
+        // They are another agent's: which hands them over, or which has them now.
         return Ok(());
     }
     let without: Vec<(Arc<str>, Arc<OwnedFd>, u64)> = {

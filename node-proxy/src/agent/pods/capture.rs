@@ -10,6 +10,7 @@ use redirect_bpf::{Directions, PodSettings, PodSpec};
 
 use super::super::kernel::Kernel;
 use super::super::netns::Listeners;
+use super::super::takeover::Phase;
 use super::super::{Agent, State};
 use super::Pod;
 use crate::ipc::proto::ListenerKind;
@@ -60,8 +61,10 @@ pub(in super::super) fn capture(agent: &Agent, uid: &str) -> anyhow::Result<()> 
     let mut state = agent.state.lock();
     let state = &mut *state;
     let (Some(workload), Some(pod)) = (state.mesh.local(uid), state.pods.get_mut(uid)) else { return Ok(()) };
-    // Nothing is captured by an agent that has not got the node yet.
-    let Some(kernel) = agent.kernel.get() else { return Ok(()) };
+    // Nothing is captured by an agent that has not got the node yet, or not any more.
+    let Some(kernel) = agent.kernel.get().filter(|_| agent.takeover.phase() != Phase::Retired) else {
+        return Ok(());
+    };
     let settings = settings_of(workload, &pod.own_addresses, kernel.acceleration.directions);
     if !pod.ready || pod.listeners.is_empty() || pod.applied.as_ref() == Some(&settings) {
         return Ok(());

@@ -21,10 +21,11 @@ const BETWEEN_WORKERS: Duration = Duration::from_millis(20);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// Enrols a running pod; returns when capture, certificate and policy are in place. Again for the same pod is no error.
-/// `path` leads to its network namespace, which whoever has opened it already passes as `netns`.
+/// `path` leads to its network namespace, which whoever has opened it already passes as `netns`. When the node is to be
+/// handed over meanwhile, that does not wait: what was begun is undone, and begun again when it is clear whose the node is.
 ///
 /// # Errors
-/// What is missing, for a person. Nothing is left half done.
+/// What is missing, for a person, or [`Retired`](super::super::takeover::Retired). Nothing is left half done.
 pub(in super::super) async fn enrol(
     agent: &Arc<Agent>,
     uid: &str,
@@ -34,13 +35,40 @@ pub(in super::super) async fn enrol(
 ) -> anyhow::Result<()> {
     let _guard = agent.pod_locks.lock(uid).await;
     let deadline = Instant::now() + timeout;
-    wait_for_workload(agent, uid, deadline).await?;
-    let _changing = agent.takeover.may_change().await?;
+    loop {
+        wait_for_workload(agent, uid, deadline).await?;
+        let _changing = agent.takeover.may_change().await?;
+        let netns = match &netns {
+            Some(netns) => netns.try_clone().context("cannot duplicate a descriptor")?,
+            None => netns::open(path)?,
+        };
+        if attempt(agent, uid, path, netns, deadline).await? {
+            return Ok(());
+        }
+        tracing::info!(uid, "the node is about to change hands; the pod is enrolled after that");
+    }
+}
 
-    let netns = match netns {
-        Some(netns) => netns,
-        None => netns::open(path)?,
-    };
+/// What comes of `work`; `None` when the node is to be handed over before anything does.
+async fn unless_wanted<T>(
+    agent: &Agent,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<Option<T>> {
+    tokio::select! {
+        biased;
+        done = work => done.map(Some),
+        () = agent.takeover.wanted() => Ok(None),
+    }
+}
+
+/// Enrols a pod, unless the node is to be handed over before that is done: then nothing of it is left, and it is false.
+async fn attempt(
+    agent: &Arc<Agent>,
+    uid: &str,
+    path: &Path,
+    netns: OwnedFd,
+    deadline: Instant,
+) -> anyhow::Result<bool> {
     let cookie = redirect_bpf::netns_cookie_of(netns.as_fd())
         .with_context(|| format!("{} is not a network namespace", path.display()))?;
     anyhow::ensure!(
@@ -57,7 +85,10 @@ pub(in super::super) async fn enrol(
         anyhow::bail!("{} belongs to pod {other}, which is enrolled; unenrol that first", path.display());
     }
     match before {
-        Some(before) if before == cookie => return wait_until_captured(agent, uid, deadline).await,
+        Some(before) if before == cookie => {
+            let captured = unless_wanted(agent, wait_until_captured(agent, uid, deadline)).await?;
+            return Ok(captured.is_some());
+        }
         // The pod's sandbox was made anew.
         Some(_) => release(agent, uid)?,
         None => {}
@@ -68,30 +99,36 @@ pub(in super::super) async fn enrol(
         let listeners = listeners_inside(agent, &netns_again, deadline).await?;
         Ok::<_, std::io::Error>((listeners, agent.netns.addresses(netns_again).await?))
     };
-    let inside =
-        tokio::time::timeout_at(deadline, inside).await.context("the namespace thread is busy")??;
+    let inside = async {
+        Ok(tokio::time::timeout_at(deadline, inside).await.context("the namespace thread is busy")??)
+    };
+    let Some(inside) = unless_wanted(agent, inside).await? else { return Ok(false) };
     let record = PodRecord { uid: uid.to_owned(), netns: path.to_owned(), cookie };
     insert(agent, uid, &record, netns, inside, false)?;
     agent.touch();
-    let prepared = async {
+    let prepared = unless_wanted(agent, async {
         wait_until_served(agent, uid, deadline).await?;
         if let Some(pod) = agent.state.lock().pods.get_mut(uid) {
             pod.ready = true;
         }
         capture(agent, uid)?;
         wait_until_captured(agent, uid, deadline).await
-    }
+    })
     .await;
-    if let Err(error) = prepared {
+    if !matches!(prepared, Ok(Some(()))) {
         if let Err(also) = release(agent, uid) {
-            tracing::error!(uid, error = format!("{also:#}"), "cannot undo a failed enrolment");
+            tracing::error!(
+                uid,
+                error = format!("{also:#}"),
+                "cannot undo an enrolment that was not finished"
+            );
         }
-        return Err(error);
+        return prepared.map(|_| false);
     }
     save(agent);
     agent.touch();
     tracing::info!(uid, netns = %path.display(), "enrolled");
-    Ok(())
+    Ok(true)
 }
 
 /// Opens a pod's listeners. While a sandbox is being made, its loopback may come up after its network.

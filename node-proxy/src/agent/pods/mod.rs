@@ -24,6 +24,7 @@ use tokio::time::Instant;
 
 use super::certificates::{self, CertificateError, HeldCertificate};
 use super::disk::PodRecord;
+use super::mesh::Mesh;
 use super::netns::Listeners;
 use super::takeover::Retired;
 use super::{AbortOnDrop, Agent, discover};
@@ -150,9 +151,8 @@ pub(super) async fn unenrol(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<boo
 }
 
 fn release(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<()> {
-    let drain = agent.config.worker.drain_deadline;
     {
-        let mut state = agent.state.lock();
+        let state = agent.state.lock();
         let Some(pod) = state.pods.get(uid) else { return Ok(()) };
         agent
             .kernel()
@@ -160,20 +160,29 @@ fn release(agent: &Arc<Agent>, uid: &str) -> anyhow::Result<()> {
             .lock()
             .unenrol(pod.cookie)
             .with_context(|| format!("cannot stop capturing pod {uid}"))?;
+    }
+    forget(agent, uid);
+    if let Err(error) = agent.disk.remove_certificate(uid) {
+        tracing::warn!(uid, %error, "the pod's certificate stays on disk");
+    }
+    Ok(())
+}
+
+/// Lets go of what this agent, its worker and its keyd hold of a pod.
+fn forget(agent: &Arc<Agent>, uid: &str) {
+    let drain = agent.config.worker.drain_deadline;
+    {
+        let mut state = agent.state.lock();
         state.pods.remove(uid);
         if let Some(worker) = &state.worker {
             worker.pod_removed(uid, drain);
         }
     }
     agent.touch();
-    if let Err(error) = agent.disk.remove_certificate(uid) {
-        tracing::warn!(uid, %error, "the pod's certificate stays on disk");
-    }
     let keyd = agent.keyd.borrow().clone();
     for key_id in keyd.map(|keyd| keyd.keys_of(uid)).unwrap_or_default() {
         certificates::drop_key_later(agent, key_id, drain);
     }
-    Ok(())
 }
 
 /// Writes down who is enrolled.
@@ -195,6 +204,15 @@ pub(super) fn save(agent: &Agent) {
     }
 }
 
+/// Whether a pod is no longer to be in the mesh.
+fn has_left(mesh: &Mesh, uid: &str, synced: bool) -> bool {
+    match mesh.local(uid) {
+        Some(workload) => !workload.enrolled,
+        // Only a controller that has said everything can mean something by not mentioning a pod.
+        None => synced,
+    }
+}
+
 /// Follows the workloads: settings that changed go to the kernel, pods that left the mesh are let go.
 pub(super) async fn follow(agent: Arc<Agent>) {
     let mut changes = agent.changed.subscribe();
@@ -202,17 +220,8 @@ pub(super) async fn follow(agent: Arc<Agent>) {
         let synced = agent.controller.synced();
         let pods: Vec<(Arc<str>, bool)> = {
             let state = agent.state.lock();
-            let left = |uid: &str| match state.mesh.local(uid) {
-                Some(workload) => !workload.enrolled,
-                // Only a controller that has said everything can mean something by not mentioning a pod.
-                None => synced,
-            };
-            state
-                .pods
-                .iter()
-                .filter(|(_, pod)| pod.ready)
-                .map(|(uid, _)| (Arc::clone(uid), left(uid)))
-                .collect()
+            let ready = state.pods.iter().filter(|(_, pod)| pod.ready);
+            ready.map(|(uid, _)| (Arc::clone(uid), has_left(&state.mesh, uid, synced))).collect()
         };
         for (uid, left) in pods {
             let done = if left {
@@ -230,6 +239,26 @@ pub(super) async fn follow(agent: Arc<Agent>) {
             if let Err(error) = done {
                 tracing::error!(%uid, error = format!("{error:#}"), "the kernel is not up to date with the pod");
             }
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The same for an agent that has handed the node over: the kernel's part is the other one's, and what is left is not to
+/// hold on to namespaces and sockets of pods that are gone, however long the worker drains.
+pub(super) async fn follow_retired(agent: Arc<Agent>) {
+    let mut changes = agent.changed.subscribe();
+    loop {
+        let synced = agent.controller.synced();
+        let gone: Vec<Arc<str>> = {
+            let state = agent.state.lock();
+            state.pods.keys().filter(|uid| has_left(&state.mesh, uid, synced)).cloned().collect()
+        };
+        for uid in gone {
+            tracing::info!(%uid, "the pod left the mesh; the worker that drains lets go of it");
+            forget(&agent, &uid);
         }
         if changes.changed().await.is_err() {
             return;

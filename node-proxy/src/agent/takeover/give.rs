@@ -71,7 +71,6 @@ pub(in super::super) async fn give(agent: &Arc<Agent>, stream: UnixStream, succe
     let (mut reader, mut writer) = split(stream);
     match hand_over(agent, &mut reader, &mut writer, &successor).await {
         Ok(()) => {
-            agent.takeover.given.fetch_add(1, Ordering::Relaxed);
             tracing::info!(
                 pid = successor.pid,
                 version = successor.version,
@@ -108,8 +107,7 @@ async fn hand_over(
         (to_incumbent::Message::Freeze(_), _) => {}
         (to_incumbent::Message::Commit(_), _) => anyhow::bail!("it wanted the node before it asked for it"),
     }
-    // Waits for changes under way; those that come wait for the end of this.
-    let frozen = Arc::clone(&agent.takeover.changes).write_owned().await;
+    let frozen = agent.takeover.freeze().await;
     let committed = tokio::time::timeout(FREEZE_LIMIT, async {
         send_frozen(agent, writer).await?;
         match next(reader).await? {
@@ -189,7 +187,8 @@ async fn send_frozen(agent: &Agent, writer: &mut FrameWriter) -> anyhow::Result<
     };
     let pods: Vec<_> = {
         let state = agent.state.lock();
-        let ready = state.pods.iter().filter(|(_, pod)| pod.ready && !pod.listeners.is_empty());
+        // Also those without listeners, as all have while the worker of an agent that was started again is not there yet.
+        let ready = state.pods.iter().filter(|(_, pod)| pod.ready);
         ready
             .map(|(uid, pod)| {
                 (

@@ -33,7 +33,7 @@ use anyhow::Context;
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{OwnedRwLockReadGuard, RwLock, watch};
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock, watch};
 use tokio::time::Instant;
 
 use super::requests::{Front, Reply, Request};
@@ -127,11 +127,12 @@ pub(super) struct Takeover {
     pub(super) predecessor: Mutex<Option<(String, u32)>>,
     /// Held for reading by whoever changes a pod, for writing while the node is handed over.
     changes: Arc<RwLock<()>>,
+    /// The node is to be handed over as soon as nobody changes a pod.
+    wanted: watch::Sender<bool>,
     charge: Mutex<Option<Charge>>,
     /// Conversations with those who ask the agent in charge, this one or the next.
     conversations: watch::Sender<usize>,
-    /// Take-overs that came to their end, and those that did not.
-    pub(super) given: AtomicU64,
+    /// Successors that did not take the node over. One that does is counted by itself: nobody asks this agent any more.
     pub(super) broken_off: AtomicU64,
 }
 
@@ -143,9 +144,9 @@ impl Takeover {
             successor: watch::Sender::new(None),
             predecessor: Mutex::default(),
             changes: Arc::default(),
+            wanted: watch::Sender::new(false),
             charge: Mutex::default(),
             conversations: watch::Sender::new(0),
-            given: AtomicU64::new(0),
             broken_off: AtomicU64::new(0),
         }
     }
@@ -180,6 +181,21 @@ impl Takeover {
         let mut conversations = self.conversations.subscribe();
         // Those who are still silent then have nothing to ask.
         let _ = tokio::time::timeout(LAST_ANSWERS, conversations.wait_for(|n| *n == 0)).await;
+    }
+
+    /// Waits for the changes under way; those that come wait for the end of the guard. A change that may take long, as an
+    /// enrolment for want of a certificate, breaks off ([`Takeover::wanted`]), so that this takes a moment and no longer.
+    async fn freeze(&self) -> OwnedRwLockWriteGuard<()> {
+        self.wanted.send_replace(true);
+        let frozen = Arc::clone(&self.changes).write_owned().await;
+        self.wanted.send_replace(false);
+        frozen
+    }
+
+    /// Completes when the node is to be handed over and only whoever has leave to change a pod is in the way.
+    pub(super) async fn wanted(&self) {
+        // The sender is this object's own.
+        let _ = self.wanted.subscribe().wait_for(|wanted| *wanted).await;
     }
 
     /// Leave to change a pod; waits while the node is handed over.
@@ -394,25 +410,41 @@ pub(super) async fn sweep(agent: &Agent) {
 
 async fn end_leftovers(agent: &Agent) -> anyhow::Result<()> {
     let run_dir = &agent.config.node.run_dir;
-    let mut alive = vec![agent.takeover.generation];
-    for path in requests::own_sockets(run_dir)? {
-        let asked = tokio::time::timeout(HELLO_TIMEOUT, requests::converse_at(&path, &Request::Status));
-        match asked.await.with_context(|| format!("{} does not answer", path.display()))?? {
-            Some((_, Reply::Status(status))) => alive.push(status.generation),
-            // It waits, and has none.
-            Some(_) => {}
-            None => process::remove_socket(&path)?,
-        }
-    }
+    // First what there is, and then whose it is: an agent has its own socket before anything runs below it, so whatever is
+    // found here and belongs to one has an agent that is found below.
     let mut left = Vec::new();
     for role in [Role::Worker, Role::Keyd] {
         left.extend(process::sockets(role, run_dir)?.into_iter().map(|(generation, _)| generation));
     }
     left.sort_unstable();
     left.dedup();
+    let mut alive = vec![agent.takeover.generation];
+    for path in requests::own_sockets(run_dir)? {
+        match status_at(&path).await? {
+            Some(Reply::Status(status)) => alive.push(status.generation),
+            // It waits, and has none.
+            Some(_) => {}
+            None => process::remove_socket(&path)?,
+        }
+    }
     for generation in left.into_iter().filter(|generation| !alive.contains(generation)) {
         end_generation(run_dir, generation).await?;
         tracing::info!(generation, "what another agent left behind is gone");
     }
     Ok(())
+}
+
+/// What an agent says of itself; `None` when there is none behind the socket.
+async fn status_at(path: &Path) -> anyhow::Result<Option<Reply>> {
+    let ask = async || {
+        let asked = tokio::time::timeout(HELLO_TIMEOUT, requests::converse_at(path, &Request::Status));
+        let answer = asked.await.with_context(|| format!("{} does not answer", path.display()))??;
+        anyhow::Ok(answer.map(|(_, reply)| reply))
+    };
+    if let Some(reply) = ask().await? {
+        return Ok(Some(reply));
+    }
+    // A socket has its name a moment before it listens.
+    tokio::time::sleep(BETWEEN_TRIES).await;
+    ask().await
 }

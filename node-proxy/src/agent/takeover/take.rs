@@ -195,8 +195,9 @@ async fn take_over(
     let begun = Instant::now();
     send(&mut writer, to_incumbent::Message::Freeze(Freeze {})).await?;
     let handed = tokio::time::timeout(ANSWER_TIMEOUT, receive(agent, &mut reader)).await;
-    let Handed { charge, pods } = handed.context("it did not hand the node over in time")??;
+    let Handed { charge, mut pods } = handed.context("it did not hand the node over in time")??;
     let number = pods.len();
+    open_missing(agent, &mut pods).await;
     let listeners = pods::take_over(agent, pods)?;
     tokio::time::timeout(LAST_CERTIFICATES, prepared(agent))
         .await
@@ -225,6 +226,29 @@ async fn take_over(
         "the node is this agent's"
     );
     Ok(charge)
+}
+
+/// Opens listeners for pods that came without any: the agent before was started again, and has not heard from its worker
+/// yet. A pod in whose namespace there can be none is enrolled anew, if it is found; until then it is refused.
+async fn open_missing(agent: &Agent, pods: &mut Vec<GivenPod>) {
+    let mut opened = Vec::with_capacity(pods.len());
+    for mut pod in pods.drain(..) {
+        if pod.listeners.is_empty() {
+            let listeners = async {
+                let netns = Arc::new(pod.netns.try_clone()?);
+                agent.netns.listeners(netns).await
+            };
+            match listeners.await {
+                Ok(listeners) => pod.listeners = listeners,
+                Err(error) => {
+                    tracing::error!(uid = pod.uid, %error, "the pod has no listeners, and cannot get any");
+                    continue;
+                }
+            }
+        }
+        opened.push(pod);
+    }
+    *pods = opened;
 }
 
 /// Has the worker accept connections of all pods, and waits until it does.
