@@ -11,7 +11,10 @@ use std::{
     thread,
 };
 
-use aya::{maps::MapInfo, programs::links::PinnedLink};
+use aya::{
+    maps::{MapData, MapInfo},
+    programs::links::PinnedLink,
+};
 use nix::libc;
 use redirect_bpf::{
     Arrivals, Directions, Error, Exclusions, Listeners, Opened, Options, PodSettings, Redirect,
@@ -147,6 +150,54 @@ fn maps_of_another_layout_are_replaced_and_a_fail_closed_pod_never_passes() {
     world.outbound_v4 = Some(Server::start(listener, move |stream, _| {
         captured(flows.original_destination(stream.as_fd()).unwrap().unwrap())
     }));
+    world.enrol(settings());
+    assert_eq!(world.ask_from_pod(world.remote_v4()).unwrap(), captured(world.remote_v4()));
+    assert_eq!(Redirect::open(&options).unwrap().opened(), &Opened::Adopted);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_successor_with_maps_of_another_form_has_the_pods_and_their_listeners_and_the_one_before_marks_there() {
+    let mut world = World::enrolled();
+    let maps = world.bpffs.path().join("sockmesh").join(&world.options.node).join("maps");
+    // As a version before may have had it: pods in entries of another form, of which none can be carried over.
+    std::fs::remove_file(maps.join("PODS")).unwrap();
+    MapData::from_pin(maps.join("REFUSED")).unwrap().pin(maps.join("PODS")).unwrap();
+    let options = world.options.clone();
+    let mut next = None;
+    // The worker of this world reads the notes of the maps before.
+    let nowhere = "outbound to nowhere";
+    let allowed = [&captured(world.remote_v4()), "refused", nowhere];
+    under_connections(&world, &allowed, || {
+        next = Some(Redirect::open_with(&options, &[world.spec(settings())]).unwrap());
+    });
+    let next = next.unwrap();
+    let Opened::Recreated(why) = next.opened() else { panic!("{:?}", next.opened()) };
+    assert!(why.starts_with("PODS has [type, key size, value size, entries] [1, 20, 4, "), "{why}");
+    let pod = next.pods().unwrap().remove(0);
+    assert!(pod.listening && pod.inbound_attached);
+    assert_eq!(pod.settings, PodSettings { addresses: pod.settings.addresses.clone(), ..settings() });
+    assert_eq!(world.ask_from_pod(world.remote_v4()).unwrap(), nowhere, "the same listener has it");
+    world.application_v4.assert_unused();
+
+    // The process before, whose worker drains, marks its sockets in vain until it does so in the maps in force.
+    let own_socket = |world: &World| {
+        let own = world
+            .pod
+            .run(|| socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap());
+        world.redirect.mark_own(own.as_fd()).unwrap();
+        own.connect(&world.remote_v4().into()).unwrap();
+        line(&own.into()).unwrap()
+    };
+    assert_eq!(own_socket(&world), nowhere);
+    world.redirect.use_maps(next.own_map().unwrap(), next.worker_map().unwrap()).unwrap();
+    assert_eq!(own_socket(&world), DIRECT);
+    let flows = redirect_bpf::FlowMaps::from_fd(world.redirect.worker_map().unwrap()).unwrap();
+    let listener = world.pod.run(|| listen((std::net::Ipv4Addr::LOCALHOST, 0).into()));
+    world.outbound_v4 = Some(Server::start(listener, move |stream, _| {
+        captured(flows.original_destination(stream.as_fd()).unwrap().unwrap())
+    }));
+    world.redirect = next;
     world.enrol(settings());
     assert_eq!(world.ask_from_pod(world.remote_v4()).unwrap(), captured(world.remote_v4()));
     assert_eq!(Redirect::open(&options).unwrap().opened(), &Opened::Adopted);

@@ -350,6 +350,20 @@ impl World {
         self.redirect.enrol(&spec).unwrap();
     }
 
+    /// The pod with its listeners, for who opens the redirection.
+    pub(crate) fn spec(&self, settings: PodSettings) -> PodSpec<'_> {
+        fn fd(server: &Option<Server>) -> Option<std::os::fd::BorrowedFd<'_>> {
+            server.as_ref().map(|server| server.socket().as_fd())
+        }
+        let listeners = Listeners {
+            outbound_v4: fd(&self.outbound_v4),
+            outbound_v6: fd(&self.outbound_v6),
+            inbound_v4: fd(&self.inbound_v4),
+            inbound_v6: fd(&self.inbound_v6),
+        };
+        PodSpec { netns_cookie: self.pod.cookie(), netns: self.pod.fd(), settings, listeners }
+    }
+
     /// Closes everything that keeps the pod's namespace alive.
     pub(crate) fn forget_pod(&mut self) {
         (self.outbound_v4, self.outbound_v6, self.inbound_v4, self.inbound_v6) = (None, None, None, None);
