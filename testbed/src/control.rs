@@ -39,6 +39,8 @@ pub(crate) struct Control {
     node_settings: Value,
     /// Another build of `sockmesh-node` than the one beside the running program.
     agent_program: Option<PathBuf>,
+    /// Agents that were launched.
+    launched: u32,
 }
 
 impl Control {
@@ -50,6 +52,7 @@ impl Control {
             controller_args: Vec::new(),
             node_settings: json!({}),
             agent_program: None,
+            launched: 0,
         }
     }
 
@@ -193,6 +196,20 @@ impl Mesh {
     /// # Errors
     /// When the binary is missing.
     pub fn launch_agent(&self, node: &Node) -> Result<Process> {
+        let instance = {
+            let mut control = self.control.lock();
+            control.launched += 1;
+            format!("{}-{}", node.name(), control.launched)
+        };
+        self.launch_agent_as(node, &instance)
+    }
+
+    /// The same for an agent of this name, `metadata.uid` of its pod on Kubernetes: one that was there before is started
+    /// again under its own.
+    ///
+    /// # Errors
+    /// When the binary is missing.
+    pub fn launch_agent_as(&self, node: &Node, instance: &str) -> Result<Process> {
         let bpffs = self.mount_bpffs()?;
         for dir in [node.run_dir(), node.state_dir()] {
             make_dir(&dir)?;
@@ -222,13 +239,13 @@ impl Mesh {
         node.launch(control.agent_program()?)
             .label("agent")
             .open_files(NODE_FILES)
-            .args(["--log-format", "json", "agent", "--config"])
+            .args(["--log-format", "json", "agent", "--instance", instance, "--config"])
             .arg(&config)
             .spawn()
     }
 
-    /// Makes a process the agent of a node; returns the one before.
-    fn set_agent(&self, node: &Node, process: Process) -> Option<Process> {
+    /// Makes a process that was launched the agent of a node; returns the one before.
+    pub fn set_agent(&self, node: &Node, process: Process) -> Option<Process> {
         let mut control = self.control.lock();
         let at = control.agents.iter().position(|(n, _)| *n == node.number());
         let before = at.map(|at| control.agents.remove(at).1);
@@ -237,7 +254,7 @@ impl Mesh {
     }
 
     /// Waits until an agent that was launched beside another one has the node and is ready; returns the other one, which
-    /// may have ended already.
+    /// stays until it is told to end.
     ///
     /// # Errors
     /// When it ends or does not get the node.
@@ -253,13 +270,16 @@ impl Mesh {
         self.set_agent(node, successor).with_context(|| format!("nobody had {}", node.name()))
     }
 
-    /// Starts a second agent on a node and waits until it has taken the node over; returns the first one.
+    /// Starts a second agent on a node and waits until it has taken the node over, as Kubernetes does; returns the first
+    /// one, which was told to end and does when its worker has drained.
     ///
     /// # Errors
     /// When it does not.
     pub fn replace_agent(&self, node: &Node) -> Result<Process> {
         let successor = self.launch_agent(node)?;
-        self.wait_for_take_over(node, successor)
+        let old = self.wait_for_take_over(node, successor)?;
+        old.signal_alone(Signal::SIGTERM)?;
+        Ok(old)
     }
 
     /// The pid of a node's agent.
@@ -329,7 +349,7 @@ impl Mesh {
         let node = self.node(pod.node_number());
         node.command("enrol")?
             .args(["--uid", pod.uid(), "--netns"])
-            .arg(crate::netns::path(pod.netns()))
+            .arg(pod.netns_file())
             .output()?
             .ok()
             .map(drop)
@@ -421,6 +441,14 @@ impl Node {
     pub fn status(&self) -> Result<Value> {
         let text = self.command("status")?.args(["--output", "json"]).output()?.ok()?;
         serde_json::from_str(&text).context("the status is no JSON")
+    }
+
+    /// Asks whether the agent of this name is ready, as its readiness probe does. It says why not.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn ready(&self, instance: &str) -> Result<Finished> {
+        self.command("ready")?.args(["--instance", instance]).output()
     }
 
     /// Asks its admin address.

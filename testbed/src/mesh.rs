@@ -594,6 +594,12 @@ impl Pod {
         &self.inner.netns
     }
 
+    /// The file that stands for it.
+    #[must_use]
+    pub fn netns_file(&self) -> PathBuf {
+        netns::path(self.netns())
+    }
+
     /// Its IPv4 address.
     #[must_use]
     pub fn v4(&self) -> Ipv4Addr {

@@ -1,5 +1,6 @@
 //! A second agent takes a node over from the first.
 
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use e2e::load::{answered, end};
 use e2e::{Outcome, Stage, talk};
 use nix::sys::signal::Signal;
 use testbed::load::load;
-use testbed::{Capture, Node, Pod, Process, programs, wait};
+use testbed::{Capture, Node, Pod, PodSpec, Process, programs, wait};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const CANARY: &str = "canary-3b90e7";
@@ -36,6 +37,10 @@ impl Chat {
 
     fn answers(&self) -> Result<usize> {
         Ok(self.0.log()?.matches("\"asked\": \"ping\"").count())
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.0.kill()
     }
 
     /// Waits until more was said on it; fails when it has ended.
@@ -183,6 +188,7 @@ pub(crate) fn an_agent_that_cannot_get_ready_leaves_the_node_to_the_other_one() 
         gets_ready(&mut successor)?;
         stage.mesh.start_controller()?;
         let mut old = stage.mesh.wait_for_take_over(node, successor)?;
+        old.signal_alone(Signal::SIGTERM)?;
         ensure!(old.wait(LIMIT)?.success(), "the old agent failed");
         answered(&load, 100)?;
         let report = end(load)?;
@@ -310,6 +316,242 @@ pub(crate) fn uninstalling_in_the_middle_of_a_take_over_leaves_nothing() -> Resu
         drop(chat);
         let seen = talk::call(&stage.client, "look", stage.far.v4(), 7000)?;
         ensure!(seen["answer"] == "ping", "the pods do not reach each other any more: {seen}");
+        Ok(())
+    })
+}
+
+/// Waits until an agent says this of itself, to whoever asks whether it is ready.
+fn says(node: &Node, instance: &str, text: &str) -> Result<()> {
+    let mut said = String::new();
+    let waited = wait::until(&format!("agent {instance} to say {text:?}"), LIMIT, || {
+        let ready = node.ready(instance)?;
+        said = format!("{}{}", ready.text(), ready.errors());
+        Ok((!ready.status.success() && said.contains(text)).then_some(()))
+    });
+    waited.with_context(|| format!("it says: {said}"))
+}
+
+fn is_ready(node: &Node, instance: &str) -> Result<()> {
+    wait::until(&format!("agent {instance} to be ready"), LIMIT, || {
+        Ok(node.ready(instance)?.status.success().then_some(()))
+    })
+}
+
+pub(crate) fn an_agent_that_handed_the_node_over_and_is_started_again_waits_to_be_ended() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let _nginx = programs::nginx(&stage.far, 8080)?;
+        let _echo = talk::serve(&stage.far, "echo", 7000)?;
+        let node = stage.mesh.node(1);
+        let load = start_load(&stage.client, &stage.far, 8080, &["--concurrency", "4"])?;
+        let mut chat = Chat::begin(&stage.client, &stage.far)?;
+        stage.mesh.kill_controller()?;
+        let second = stage.mesh.launch_agent_as(node, "second")?;
+        says(node, "second", "preparing to take the node over")?;
+        stage.mesh.start_controller()?;
+        let mut first = stage.mesh.wait_for_take_over(node, second)?;
+        is_ready(node, "second")?;
+        first.signal_alone(Signal::SIGTERM)?;
+        let third = stage.mesh.launch_agent_as(node, "third")?;
+        let mut second = stage.mesh.wait_for_take_over(node, third)?;
+        is_ready(node, "third")?;
+        says(node, "second", "retired")?;
+        let third = stage.mesh.agent_pid(node)?;
+
+        // Nobody told it to end, so its worker has drained and it is still there.
+        second.wait_for_log("the worker has drained", LIMIT)?;
+        ensure!(
+            second.exited()?.is_none(),
+            "it ended by itself, and would be started again:\n{}",
+            second.log()?
+        );
+        second.signal_alone(Signal::SIGKILL)?;
+        second.wait(LIMIT)?;
+        let mut second = stage.mesh.launch_agent_as(node, "second")?;
+        says(node, "second", "has handed the node over already")?;
+        answered(&load, 100)?;
+        chat.goes_on()?;
+        ensure!(node.status()?["agent_pid"] == third, "the node changed hands again: {}", node.status()?);
+        second.signal_alone(Signal::SIGTERM)?;
+        ensure!(second.wait(LIMIT)?.success(), "{}", second.log()?);
+        is_ready(node, "third")?;
+
+        chat.0.kill()?;
+        ensure!(first.wait(LIMIT)?.success(), "the first agent failed");
+        let report = end(load)?;
+        ensure!(report.failed == 0, "{report:?}");
+        Ok(())
+    })
+}
+
+/// Whether a process has the network namespace with this inode open.
+fn holds(pid: i32, netns: u64) -> Result<bool> {
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd"))?;
+    // One that is closed meanwhile is none.
+    Ok(files.filter_map(|file| std::fs::metadata(file.ok()?.path()).ok()).any(|file| file.ino() == netns))
+}
+
+fn inode(pod: &Pod) -> Result<u64> {
+    Ok(std::fs::metadata(pod.netns_file())?.ino())
+}
+
+pub(crate) fn an_enrolment_that_takes_long_does_not_keep_the_node_from_changing_hands() -> Result<Outcome> {
+    let stage = Stage::unmeshed(&[])?;
+    // Longer than anything here waits.
+    stage.mesh.node_setting("/processes/enrol_timeout", serde_json::json!("300s"))?;
+    stage.start()?;
+    stage.play(|stage| {
+        let node = stage.mesh.node(1);
+        let _echo = talk::serve(&stage.far, "echo", 7000)?;
+        let late = stage.mesh.pod(PodSpec::new("shop", "late").node(1))?;
+        let loopback = |what: &str| -> Result<()> {
+            late.launch("ip").args(["address", what, "127.0.0.1/8", "dev", "lo"]).output()?.ok().map(drop)
+        };
+        // Without it there are no listeners.
+        loopback("delete")?;
+        let (mesh, old, netns) = (&stage.mesh, stage.mesh.agent_pid(node)?, inode(&late)?);
+        std::thread::scope(|scope| {
+            let enrolment = scope.spawn(|| mesh.enrol(&late));
+            let replaced = wait::until("the enrolment to be under way", LIMIT, || {
+                ensure!(!enrolment.is_finished(), "it is over");
+                Ok(holds(old, netns)?.then_some(()))
+            })
+            .and_then(|()| mesh.replace_agent(node));
+            loopback("add")?;
+            let enrolled = enrolment.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?;
+            ensure!(replaced?.wait(LIMIT)?.success(), "the old agent failed");
+            enrolled
+        })?;
+        let pods = node.status()?["pods"].as_array().map_or(0, Vec::len);
+        ensure!(pods == 3, "{pods} pods are enrolled: {}", node.status()?);
+        let seen = talk::call(&late, "look", stage.far.v4(), 7000)?;
+        ensure!(seen["answer"] == "ping", "{seen}");
+        Ok(())
+    })
+}
+
+pub(crate) fn an_agent_that_handed_the_node_over_lets_go_of_pods_that_are_gone() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let node = stage.mesh.node(1);
+        let _echo = talk::serve(&stage.far, "echo", 7000)?;
+        let short = stage.mesh.pod(PodSpec::new("shop", "short").node(1))?;
+        stage.mesh.enrol(&short)?;
+        let (gone, lives) = (inode(&short)?, inode(&stage.client)?);
+        // It keeps the old worker.
+        let mut chat = Chat::begin(&stage.client, &stage.far)?;
+        let old = stage.mesh.replace_agent(node)?;
+        ensure!(holds(old.pid(), gone)? && holds(old.pid(), lives)?, "it has let go of pods that live");
+        stage.mesh.delete_pod(&short)?;
+        wait::until("the retired agent to let go of the pod", LIMIT, || {
+            Ok((!holds(old.pid(), gone)?).then_some(()))
+        })?;
+        ensure!(holds(old.pid(), lives)?, "it has let go of a pod that lives");
+        chat.goes_on()?;
+        chat.0.kill()
+    })
+}
+
+pub(crate) fn an_agent_whose_cni_plugin_would_be_in_no_chain_does_not_take_the_node() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let node = stage.mesh.node(1);
+        let _nginx = programs::nginx(&stage.far, 8080)?;
+        let load = start_load(&stage.client, &stage.far, 8080, &["--concurrency", "4"])?;
+        let (bin, conf) = (node.dir().join("cni-bin"), node.dir().join("cni-conf"));
+        for dir in [&bin, &conf] {
+            std::fs::create_dir(dir)?;
+        }
+        let file = conf.join("10-net.conflist");
+        std::fs::write(&file, "{}")?;
+        let cni =
+            serde_json::json!({ "enabled": true, "bin_dir": bin, "conf_dir": conf, "program": "/bin/true" });
+        stage.mesh.node_setting("/node/cni", cni)?;
+        let before = node.status()?;
+        let successor = stage.mesh.launch_agent_as(node, "successor")?;
+        says(node, "successor", "10-net.conflist is neither a plugin nor a list of plugins")?;
+        ensure!(node.status()?["agent_pid"] == before["agent_pid"], "{}", node.status()?);
+        let touched = std::fs::read_to_string(&file)? != "{}" || std::fs::read_dir(&bin)?.next().is_some();
+        ensure!(!touched, "an agent without the node has changed the chain");
+        answered(&load, 50)?;
+
+        std::fs::write(&file, r#"{"name": "net", "plugins": [{"type": "ptp"}]}"#)?;
+        let mut old = stage.mesh.wait_for_take_over(node, successor)?;
+        old.signal_alone(Signal::SIGTERM)?;
+        wait::until("the plugin to be in the chain", LIMIT, || {
+            Ok(std::fs::read_to_string(&file)?.contains("sockmesh-cni").then_some(()))
+        })?;
+        is_ready(node, "successor")?;
+        ensure!(old.wait(LIMIT)?.success(), "the old agent failed");
+        let report = end(load)?;
+        ensure!(report.failed == 0, "{report:?}");
+        Ok(())
+    })
+}
+
+pub(crate) fn an_agent_without_a_worker_hands_its_pods_over() -> Result<Outcome> {
+    let stage = Stage::unmeshed(&[])?;
+    // The hung worker is ended in the successor's first round.
+    stage.mesh.node_setting("/node/reconcile", serde_json::json!("1s"))?;
+    stage.start()?;
+    stage.play(|stage| {
+        stage.announce_error("the worker is gone");
+        stage.announce_error("is gone; trying again");
+        let node = stage.mesh.node(1);
+        let _echo = talk::serve(&stage.far, "echo", 7000)?;
+        let workers = node.worker_pids()?;
+        let signal = |signal: Signal| -> Result<()> {
+            workers
+                .iter()
+                .try_for_each(|pid| Ok(nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), signal)?))
+        };
+        signal(Signal::SIGSTOP)?;
+        stage.mesh.kill_agent(node)?;
+        // Started again, it hears nothing from its worker, and so has the pods and none of their listeners.
+        let mut old = stage.mesh.launch_agent_as(node, "old")?;
+        says(node, "old", "no worker")?;
+        let mut successor = stage.mesh.launch_agent(node)?;
+        wait::until("the node to change hands", LIMIT, || {
+            ensure!(successor.exited()?.is_none(), "{}", successor.log()?);
+            Ok((node.status()?["agent_pid"] == successor.pid()).then_some(()))
+        })?;
+        signal(Signal::SIGCONT)?;
+        let status = node.status()?;
+        let pods = status["pods"].as_array().map_or(0, Vec::len);
+        ensure!(pods == 2 && status["not_ready"].as_array().is_some_and(Vec::is_empty), "{status}");
+        let seen = talk::call(&stage.client, "look", stage.far.v4(), 7000)?;
+        ensure!(seen["answer"] == "ping", "{seen}");
+        old.signal_alone(Signal::SIGTERM)?;
+        old.wait(LIMIT)?;
+        wait::until("the old worker to end", LIMIT, || {
+            let now = node.worker_pids()?;
+            Ok(workers.iter().all(|pid| !now.contains(pid)).then_some(()))
+        })?;
+        stage.mesh.set_agent(node, successor);
+        Ok(())
+    })
+}
+
+pub(crate) fn a_successor_with_other_maps_serves_the_pods_and_the_old_worker_goes_on() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        let node = stage.mesh.node(1);
+        let _echo = (talk::serve(&stage.far, "echo", 7000)?, talk::serve(&stage.near, "echo", 7000)?);
+        let mut chats = [Chat::begin(&stage.client, &stage.far)?, Chat::begin(&stage.far, &stage.near)?];
+        // As it is for one whose version has a map that the version before has not.
+        std::fs::remove_file(stage.mesh.pin_dir(node).join("maps/REFUSED"))?;
+        let mut old = stage.mesh.replace_agent(node)?;
+        let how = node.status()?["redirection"].clone();
+        ensure!(how.as_str().is_some_and(|how| how.contains("REFUSED is missing")), "{how}");
+        for chat in &mut chats {
+            chat.goes_on()?;
+        }
+        for (from, to) in
+            [(&stage.client, &stage.far), (&stage.far, &stage.near), (&stage.client, &stage.near)]
+        {
+            let seen = talk::call(from, "look", to.v4(), 7000)?;
+            ensure!(seen["answer"] == "ping", "{} to {}: {seen}", from.name(), to.name());
+        }
+        for chat in chats {
+            chat.end()?;
+        }
+        ensure!(old.wait(LIMIT)?.success(), "the old agent failed");
         Ok(())
     })
 }
