@@ -196,6 +196,35 @@ fn the_second_of_two_overlapping_nodes_is_refused_until_the_first_gives_way() {
 }
 
 #[test]
+fn overlaps_are_found_among_many_whichever_is_the_wider_one() {
+    let mut told = Told::new();
+    for i in 0..50 {
+        let (name, range) = (format!("n{i:02}"), format!("10.1.{}.0/24", 2 * i));
+        told.apply(node(&name, &[&format!("192.0.2.{}", i + 1)], &[&range, &format!("fd00:{i}::/64")]));
+        told.keys(&name, &[key(1, i + 1)]);
+    }
+    assert_eq!(told.tunnels.len(), 50);
+    told.keys("late", &[key(1, 99)]);
+    for (range, other) in [
+        ("10.1.16.128/25", "10.1.16.0/24 of node n08"),
+        ("10.1.16.0/24", "10.1.16.0/24 of node n08"),
+        ("10.1.15.0/22", "10.1.12.0/24 of node n06"),
+        ("fd00::/16", "fd00::/64 of node n00"),
+        ("fd00:9:0:0:1::/80", "fd00:9::/64 of node n09"),
+    ] {
+        told.apply(node("late", &["192.0.2.99"], &[range]));
+        assert!(told.problems("late").contains(&format!("overlaps {other}")), "{}", told.problems("late"));
+    }
+    for range in ["10.1.17.0/24", "10.0.0.0/16", "fd00:9:0:1::/64", "fc00::/16"] {
+        told.apply(node("late", &["192.0.2.99"], &[range]));
+        assert_eq!(told.problems("late"), "", "{range}");
+    }
+    // Its own ranges of before are in nobody's way, its own included.
+    told.apply(node("late", &["192.0.2.99"], &["fc00::/15"]));
+    assert_eq!(told.ranges("late"), ["fc00::/15"]);
+}
+
+#[test]
 fn a_range_with_a_nodes_address_in_it_would_swallow_the_tunnel_itself() {
     let mut told = Told::new();
     told.apply(node("a", &["10.1.1.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);

@@ -151,8 +151,9 @@ impl Index {
                 }
             }
             Object::Node(node) => {
-                if self.nodes.get(&node.name) != Some(&node) {
-                    self.tunnels.touch_all_refused(&node.name);
+                let before = self.nodes.get(&node.name);
+                if before != Some(&node) {
+                    self.tunnels.node_changes(before, Some(&node));
                     self.nodes.insert(node.name.clone(), node);
                 }
             }
@@ -200,8 +201,8 @@ impl Index {
                 }
             }
             Kind::Node => {
-                if self.nodes.remove(&key.name).is_some() {
-                    self.tunnels.touch_all_refused(&key.name);
+                if let Some(before) = self.nodes.remove(&key.name) {
+                    self.tunnels.node_changes(Some(&before), None);
                 }
             }
             Kind::ServiceAccount => {

@@ -5,7 +5,7 @@
 //! with a node's address in it, would send packets to the wrong node or the tunnel's own packets into the tunnel: the node
 //! that comes second is refused with a [`Problem`] and keeps what it had.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -15,11 +15,95 @@ use mesh_api::model::{NODE_TUNNEL_TYPE, NodeTunnel, Resource, TunnelKey};
 use super::object::{Kind, Node, ObjectKey};
 use super::{Delta, Index, Problem};
 
+/// Who has which addresses and keys: so that a tunnel is compared with what lies near it, and not with all others.
+#[derive(Debug, Default)]
+struct Taken {
+    /// Addresses of nodes.
+    nodes: BTreeMap<IpAddr, BTreeSet<Arc<str>>>,
+    /// What is behind tunnels: single addresses, and ranges by their first one. No two ranges of tunnels overlap.
+    singles: BTreeMap<IpAddr, Arc<str>>,
+    ranges: BTreeMap<IpAddr, (IpNet, Arc<str>)>,
+    keys: HashMap<[u8; 32], Arc<str>>,
+}
+
+fn is_single(range: &IpNet) -> bool {
+    range.prefix_len() == range.max_prefix_len()
+}
+
+impl Taken {
+    fn put_node(&mut self, node: &Node) {
+        for address in &node.addresses {
+            self.nodes.entry(*address).or_default().insert(node.name.clone());
+        }
+    }
+
+    fn take_node(&mut self, node: &Node) {
+        for address in &node.addresses {
+            if let Some(names) = self.nodes.get_mut(address) {
+                names.remove(&node.name);
+                if names.is_empty() {
+                    self.nodes.remove(address);
+                }
+            }
+        }
+    }
+
+    fn put_tunnel(&mut self, tunnel: &NodeTunnel) {
+        let name = || tunnel.node.clone();
+        for range in &tunnel.pod_ranges {
+            if is_single(range) {
+                self.singles.insert(range.addr(), name());
+            } else {
+                self.ranges.insert(range.network(), (*range, name()));
+            }
+        }
+        self.keys.extend(tunnel.keys.iter().map(|key| (key.public_key, name())));
+    }
+
+    fn take_tunnel(&mut self, tunnel: &NodeTunnel) {
+        for range in &tunnel.pod_ranges {
+            if is_single(range) {
+                self.singles.remove(&range.addr());
+            } else {
+                self.ranges.remove(&range.network());
+            }
+        }
+        tunnel.keys.iter().for_each(|key| drop(self.keys.remove(&key.public_key)));
+    }
+
+    /// A node's address in a range, and whose it is.
+    fn node_in(&self, range: &IpNet) -> Option<(&IpAddr, &Arc<str>)> {
+        let mut inside = self.nodes.range(range.network()..=range.broadcast());
+        inside.next().and_then(|(address, names)| Some((address, names.first()?)))
+    }
+
+    /// What is behind another node's tunnel and would get a packet that is for `range`, or the other way round. The address
+    /// of a pod within another node's range is no conflict, it goes to the pod's node: a longer prefix counts before a
+    /// shorter one.
+    fn conflict(&self, node: &str, range: &IpNet) -> Option<(IpNet, &Arc<str>)> {
+        if is_single(range) {
+            return self
+                .singles
+                .get(&range.addr())
+                .filter(|name| ***name != *node)
+                .map(|name| (*range, name));
+        }
+        let (first, last) = (range.network(), range.broadcast());
+        let mut inside = self.ranges.range(first..=last).map(|(_, found)| found);
+        // Since they do not overlap, only the last one that begins before can reach into this one.
+        let mut before = self.ranges.range(..first).map(|(_, found)| found).rev().take(1);
+        let around = before.find(|(theirs, _)| theirs.contains(range));
+        let found = inside.find(|(_, name)| **name != *node).or(around.filter(|(_, name)| **name != *node));
+        found.map(|(theirs, name)| (*theirs, name))
+    }
+}
+
 /// The registered keys, and the tunnels compiled from them.
 #[derive(Debug, Default)]
 pub(super) struct Tunnels {
     keys: BTreeMap<Arc<str>, Vec<TunnelKey>>,
     compiled: BTreeMap<Arc<str>, NodeTunnel>,
+    taken: Taken,
     /// Nodes whose tunnel is not, or not quite, what it should be.
     refused: BTreeSet<Arc<str>>,
     dirty: BTreeSet<Arc<str>>,
@@ -33,14 +117,37 @@ impl Tunnels {
         }
     }
 
-    /// The same for a Node object, which others may have waited for.
-    pub(super) fn touch_all_refused(&mut self, node: &Arc<str>) {
-        self.touch(node);
+    /// The same for a Node object that changes, comes or goes, which others may have waited for.
+    pub(super) fn node_changes(&mut self, before: Option<&Node>, after: Option<&Node>) {
+        if let Some(before) = before {
+            self.taken.take_node(before);
+        }
+        if let Some(after) = after {
+            self.taken.put_node(after);
+        }
+        if let Some(node) = before.or(after) {
+            self.touch(&node.name);
+        }
         self.dirty.extend(self.refused.iter().cloned());
     }
 
+    /// Makes this what is told of a node's tunnel; gives whether it is something else than before.
+    fn tell(&mut self, name: &Arc<str>, tunnel: Option<&NodeTunnel>) -> bool {
+        if self.compiled.get(name) == tunnel {
+            return false;
+        }
+        if let Some(before) = self.compiled.remove(name) {
+            self.taken.take_tunnel(&before);
+        }
+        if let Some(tunnel) = tunnel {
+            self.taken.put_tunnel(tunnel);
+            self.compiled.insert(name.clone(), tunnel.clone());
+        }
+        true
+    }
+
     /// Whether these addresses and ranges can stand beside those of all other nodes.
-    fn fits(&self, node: &Node, ranges: &[IpNet], nodes: &BTreeMap<Arc<str>, Node>) -> Result<(), Problem> {
+    fn fits(&self, node: &Node, ranges: &[IpNet]) -> Result<(), Problem> {
         for (i, range) in ranges.iter().enumerate() {
             if let Some(other) =
                 ranges[..i].iter().find(|other| other.contains(range) || range.contains(*other))
@@ -50,25 +157,19 @@ impl Tunnels {
                     format!("pod range {range} overlaps {other} of its own"),
                 ));
             }
-            let mut all = nodes.values().flat_map(|n| n.addresses.iter().map(move |a| (n, a)));
-            if let Some((other, address)) = all.find(|(_, address)| range.contains(*address)) {
-                let whose = if other.name == node.name {
-                    "its own".to_owned()
-                } else {
-                    format!("that of node {}", other.name)
-                };
+            if let Some((address, other)) = self.taken.node_in(range) {
+                let whose =
+                    if *other == node.name { "its own".to_owned() } else { format!("that of node {other}") };
                 return Err(problem(
                     "spec.podCIDRs",
                     format!("pod range {range} contains the node address {address}, which is {whose}"),
                 ));
             }
-            for (name, other) in self.compiled.iter().filter(|(name, _)| **name != node.name) {
-                if let Some(theirs) = other.pod_ranges.iter().find(|theirs| conflict(range, theirs)) {
-                    return Err(problem(
-                        "spec.podCIDRs",
-                        format!("pod range {range} overlaps {theirs} of node {name}"),
-                    ));
-                }
+            if let Some((theirs, name)) = self.taken.conflict(&node.name, range) {
+                return Err(problem(
+                    "spec.podCIDRs",
+                    format!("pod range {range} overlaps {theirs} of node {name}"),
+                ));
             }
         }
         Ok(())
@@ -80,16 +181,12 @@ impl Tunnels {
         node: Option<&Node>,
         name: &Arc<str>,
         pods: Vec<IpAddr>,
-        nodes: &BTreeMap<Arc<str>, Node>,
     ) -> (Option<NodeTunnel>, Vec<Problem>) {
         let (Some(node), Some(keys)) = (node, self.keys.get(name).filter(|keys| !keys.is_empty())) else {
             return (None, Vec::new());
         };
         let before = self.compiled.get(name);
-        let foreign = |key: &TunnelKey| {
-            let mut others = self.compiled.iter().filter(|(other, _)| *other != name);
-            others.find(|(_, t)| t.keys.iter().any(|k| k.public_key == key.public_key)).map(|(n, _)| n)
-        };
+        let foreign = |key: &TunnelKey| self.taken.keys.get(&key.public_key).filter(|other| *other != name);
         if let Some(other) = keys.iter().find_map(foreign) {
             let told = problem("tunnelKeys", format!("a key of its tunnel is that of node {other}"));
             return (before.cloned(), vec![told]);
@@ -103,7 +200,7 @@ impl Tunnels {
             ranges.sort_unstable();
             ranges.dedup();
             let known = before.is_some_and(|b| b.pod_ranges == ranges && b.addresses == node.addresses);
-            let fits = if known { Ok(()) } else { self.fits(node, &ranges, nodes) };
+            let fits = if known { Ok(()) } else { self.fits(node, &ranges) };
             fits.map(|()| (node.addresses.clone(), ranges))
         };
         let (placed, problems) = match (placed, before) {
@@ -138,13 +235,6 @@ fn ranges_of(node: &Node, pods: Vec<IpAddr>) -> Vec<IpNet> {
         return node.pod_ranges.clone();
     }
     pods.into_iter().map(IpNet::from).collect()
-}
-
-/// Whether packets could go to either. The address of a pod within another node's range goes to the pod's node: a longer
-/// prefix counts before a shorter one.
-fn conflict(a: &IpNet, b: &IpNet) -> bool {
-    let single = |range: &IpNet| range.prefix_len() == range.max_prefix_len();
-    a == b || (!single(a) && !single(b) && (a.contains(b) || b.contains(a)))
 }
 
 impl Index {
@@ -201,7 +291,7 @@ impl Index {
 
     fn commit_tunnel(&mut self, name: Arc<str>, delta: &mut Delta) -> bool {
         let pods = self.pods.addresses_on(&name);
-        let (tunnel, problems) = self.tunnels.compile(self.nodes.get(&name), &name, pods, &self.nodes);
+        let (tunnel, problems) = self.tunnels.compile(self.nodes.get(&name), &name, pods);
         if problems.is_empty() {
             self.tunnels.refused.remove(&name);
         } else {
@@ -209,20 +299,13 @@ impl Index {
         }
         let key = ObjectKey { kind: Kind::Node, namespace: "".into(), name: name.clone() };
         self.set_problems(key, problems, delta);
-        match tunnel {
-            Some(new) if self.tunnels.compiled.get(&name) != Some(&new) => {
-                delta.upserts.push(Resource::NodeTunnel(new.clone()));
-                self.tunnels.compiled.insert(name, new);
-                true
-            }
-            Some(_) => false,
-            None => {
-                let gone = self.tunnels.compiled.remove(&name).is_some();
-                if gone {
-                    delta.removals.push((NODE_TUNNEL_TYPE, name.to_string()));
-                }
-                gone
+        let changed = self.tunnels.tell(&name, tunnel.as_ref());
+        if changed {
+            match tunnel {
+                Some(tunnel) => delta.upserts.push(Resource::NodeTunnel(tunnel)),
+                None => delta.removals.push((NODE_TUNNEL_TYPE, name.to_string())),
             }
         }
+        changed
     }
 }
