@@ -84,6 +84,8 @@ pub struct Metrics {
     pushed_resources: Family<OfType, Counter>,
     acks: Family<OfType, Counter>,
     nacks: Family<OfType, Counter>,
+    /// Types of resources that streams asked for and that are not known here.
+    pub unknown_types: Counter,
     /// From a response to the node's answer.
     pub answer_seconds: Histogram,
     resources: Family<OfType, Gauge>,
@@ -141,6 +143,11 @@ impl Default for Metrics {
             pushed_resources: register(&mut r, "pushed_resources", "Resources and removals in responses"),
             acks: register(&mut r, "acks", "Responses that nodes applied"),
             nacks: register(&mut r, "nacks", "Responses that nodes rejected"),
+            unknown_types: register(
+                &mut r,
+                "unknown_types",
+                "Types of resources that nodes asked for and that this version does not know; each counts once a stream",
+            ),
             answer_seconds: answer_seconds.clone(),
             resources: register(&mut r, "resources", "Resources that nodes are told of"),
             resource_bytes: register(&mut r, "resource_bytes", "Encoded bytes of those resources"),

@@ -6,7 +6,9 @@ mod harness;
 use harness::{Mesh, PATIENCE, eventually};
 use mesh_api::client::{Registration, Reporter};
 use mesh_api::codec::tunnel_keys_to_wire;
-use mesh_api::model::{NODE_TUNNEL_TYPE, Resource, TunnelKey};
+use mesh_api::model::{NODE_TUNNEL_TYPE, Resource, TunnelKey, WORKLOAD_TYPE};
+use mesh_api::proto::discovery::DeltaDiscoveryRequest;
+use mesh_api::proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use mesh_api::proto::mesh as pb;
 use mesh_api::proto::mesh::node_report_service_client::NodeReportServiceClient;
 use tonic::Code;
@@ -127,4 +129,43 @@ async fn without_an_api_server_keys_are_kept_in_memory_and_go_with_the_node() {
     reporter.register_tunnel_keys(Vec::new());
     assert_eq!(ends(&reporter).await, Registration::None);
     follow("no tunnel to be left", &[]).await;
+}
+
+#[tokio::test]
+async fn a_node_of_a_newer_version_is_told_that_there_is_nothing_of_a_type_that_is_not_known_here() {
+    const NEWER: &str = "type.googleapis.com/sockmesh.v1.SomethingNewer";
+    let mesh = Mesh::start(&[("nodes.yaml", NODES)]).await;
+    let node = mesh.node("node-a").await;
+    let channel = node.endpoint.connect().await.unwrap();
+    let (requests, receiver) = tokio::sync::mpsc::channel(8);
+    let mut client = AggregatedDiscoveryServiceClient::new(channel);
+    let stream = client.delta_aggregated_resources(tokio_stream::wrappers::ReceiverStream::new(receiver));
+    let mut responses = stream.await.unwrap().into_inner();
+    let first = |type_url: &str| DeltaDiscoveryRequest {
+        type_url: type_url.to_owned(),
+        initial_resource_versions: [("kept".to_owned(), "1".to_owned())].into(),
+        ..DeltaDiscoveryRequest::default()
+    };
+    requests.send(first(NEWER)).await.unwrap();
+    let nothing = tokio::time::timeout(PATIENCE, responses.message()).await.unwrap().unwrap().unwrap();
+    assert_eq!(nothing.type_url, NEWER);
+    assert!(
+        nothing.resources.is_empty() && nothing.removed_resources.is_empty() && !nothing.more,
+        "{nothing:?}"
+    );
+
+    // It acknowledges that, and hears of all that is known.
+    let answer = DeltaDiscoveryRequest {
+        type_url: NEWER.to_owned(),
+        response_nonce: nothing.nonce,
+        ..DeltaDiscoveryRequest::default()
+    };
+    requests.send(answer).await.unwrap();
+    requests.send(first(WORKLOAD_TYPE)).await.unwrap();
+    let known = tokio::time::timeout(PATIENCE, responses.message()).await.unwrap().unwrap().unwrap();
+    assert_eq!(
+        (known.type_url.as_str(), known.removed_resources.as_slice()),
+        (WORKLOAD_TYPE, &["kept".to_owned()][..])
+    );
+    assert!(mesh.admin("/metrics").await.contains("sockmesh_controller_unknown_types_total 1"));
 }

@@ -1,6 +1,6 @@
 //! The aggregated discovery service: one task per stream.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +29,10 @@ const RESPONSE_QUEUE: usize = 4;
 const BEGINNING: usize = 8;
 /// Longest time that one stream keeps others from beginning.
 const BEGIN_LIMIT: Duration = Duration::from_secs(5);
+/// Longest name of a type, bytes.
+const MAX_TYPE_URL: usize = 128;
+/// Types unknown here that a stream may ask for: a node of a newer version has a few.
+const UNKNOWN_TYPES: usize = 32;
 /// A stream that asks for nothing more for this long has begun.
 const BEGIN_SILENCE: Duration = Duration::from_millis(200);
 
@@ -66,7 +70,15 @@ impl AggregatedDiscoveryService for Discovery {
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
         let node = node_of(&request, &self.trust_domain)?.name.to_string();
         let (responses, receiver) = mpsc::channel(RESPONSE_QUEUE);
-        let stream = OneStream { service: self.clone(), node, responses, subscriptions: HashMap::new() };
+        // Before the node hears that it has a stream, and tells more of itself.
+        self.nodes.opened(&node);
+        let stream = OneStream {
+            service: self.clone(),
+            node,
+            responses,
+            subscriptions: HashMap::new(),
+            unknown: HashSet::new(),
+        };
         tokio::spawn(stream.run(request.into_inner()));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
@@ -77,11 +89,12 @@ struct OneStream {
     node: String,
     responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
     subscriptions: HashMap<&'static str, Subscription>,
+    /// Types that it asked for and that are not known here.
+    unknown: HashSet<String>,
 }
 
 impl OneStream {
     async fn run(mut self, requests: Streaming<DeltaDiscoveryRequest>) {
-        self.service.nodes.opened(&self.node);
         self.service.metrics.streams.inc();
         tracing::info!(node = %self.node, "stream opened");
         let end = self.serve(requests).await;
@@ -121,7 +134,11 @@ impl OneStream {
                 request = requests.message() => match request? {
                     None => return Ok(()),
                     Some(request) => {
-                        self.take(&request)?;
+                        if let Some(nothing) = self.take(&request)?
+                            && self.responses.send(Ok(nothing)).await.is_err()
+                        {
+                            return Ok(());
+                        }
                         if self.subscriptions.len() == RESOURCE_TYPES.len() {
                             turn = None;
                         }
@@ -142,7 +159,8 @@ impl OneStream {
         self.subscriptions.values().any(Subscription::has_refused)
     }
 
-    fn take(&mut self, request: &DeltaDiscoveryRequest) -> Result<(), Status> {
+    /// Takes a request; gives the answer to one for a type that is not known here.
+    fn take(&mut self, request: &DeltaDiscoveryRequest) -> Result<Option<DeltaDiscoveryResponse>, Status> {
         if let Some(node) = &request.node {
             if node.id != self.node {
                 return Err(Status::permission_denied(format!(
@@ -154,14 +172,11 @@ impl OneStream {
             self.service.nodes.runs(&self.node, &node.user_agent_version);
         }
         let Some(type_url) = RESOURCE_TYPES.into_iter().find(|t| *t == request.type_url) else {
-            return Err(Status::invalid_argument(format!(
-                "unknown type {:?}; is the node newer than the controller?",
-                request.type_url.chars().take(128).collect::<String>()
-            )));
+            return self.take_unknown(request);
         };
         let Some(subscription) = self.subscriptions.get_mut(type_url) else {
             self.subscriptions.insert(type_url, Subscription::begin(type_url, request, &self.service.store));
-            return Ok(());
+            return Ok(None);
         };
         let sent_at = subscription.sent_at();
         let answered = subscription.take(request);
@@ -187,7 +202,38 @@ impl OneStream {
                 nodes.nacked(&self.node, type_url, message, &names);
             }
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// A type that is not known here: the node is newer than the controller, as every node is for a while when they are
+    /// upgraded first or a replica of before is still there. It is told that there is nothing to tell: a node that has
+    /// resources of that type keeps them, since none is said to be gone, and one that has none need not wait for any.
+    fn take_unknown(
+        &mut self,
+        request: &DeltaDiscoveryRequest,
+    ) -> Result<Option<DeltaDiscoveryResponse>, Status> {
+        let type_url = &request.type_url;
+        if self.unknown.contains(type_url) {
+            return Ok(None);
+        }
+        if self.unknown.len() >= UNKNOWN_TYPES || type_url.len() > MAX_TYPE_URL {
+            return Err(Status::invalid_argument(format!(
+                "unknown type {:?}, and too many of them; is the node newer than the controller?",
+                type_url.chars().take(MAX_TYPE_URL).collect::<String>()
+            )));
+        }
+        self.unknown.insert(type_url.clone());
+        self.service.metrics.unknown_types.inc();
+        tracing::warn!(
+            node = %self.node, type_url,
+            "the node asks for a type of resource that this controller does not know, and is told of none; upgrade the \
+             controller"
+        );
+        Ok(Some(DeltaDiscoveryResponse {
+            type_url: type_url.clone(),
+            nonce: "none".to_owned(),
+            ..Default::default()
+        }))
     }
 
     /// Sends what is due, most needed type first.
