@@ -56,13 +56,15 @@ pub struct Announcement {
     pub warning: bool,
     /// Whether all replicas know of it and the leader alone is to say it.
     pub shared: bool,
+    /// What it counts for besides object and reason, if that is not the note.
+    pub matter: Option<String>,
 }
 
 impl Announcement {
     /// A warning that only this replica can give.
     #[must_use]
     pub fn warning(about: About, reason: &'static str, action: &'static str, note: String) -> Self {
-        Self { about, reason, action, note, warning: true, shared: false }
+        Self { about, reason, action, note, warning: true, shared: false, matter: None }
     }
 
     /// The same for what all replicas know.
@@ -71,13 +73,20 @@ impl Announcement {
         Self { shared: true, ..self }
     }
 
+    /// The same, said once for this matter, whatever its note.
+    #[must_use]
+    pub fn once_for(self, matter: &str) -> Self {
+        Self { matter: Some(matter.to_owned()), ..self }
+    }
+
     /// Its name among the Events of its namespace: what is said of which object. A note with numbers that change all the
     /// time would make many of one, so it counts only for reasons where the note is the point.
     #[must_use]
     pub fn name(&self) -> String {
         let of =
             format!("{:?} {} {} {}", self.about.kind, self.about.namespace, self.about.name, self.about.uid);
-        let said = if self.says_one_thing() { "" } else { &self.note };
+        let note = if self.says_one_thing() { "" } else { &self.note };
+        let said = self.matter.as_deref().unwrap_or(note);
         let mark = content_version(format!("{of}\n{}\n{said}", self.reason).as_bytes());
         let object: String = self.about.name.chars().take(200).collect();
         format!("{object}.{}", &mark[..16])

@@ -45,6 +45,9 @@ pub enum KeysRefused {
         /// Whose it is.
         other: String,
     },
+    /// It would not be noticed when they are no longer the node's.
+    #[error("node {0} has no stream to this replica of the controller; it has to open one first")]
+    NoStream(String),
     /// The kind MeshNode is missing.
     #[error(
         "the cluster does not know the kind MeshNode, where keys are kept: install the chart sockmesh-crds"
@@ -78,6 +81,9 @@ impl Cluster {
         match self.key_store() {
             KeyStore::Absent if !keys.is_empty() => return Err(KeysRefused::NowhereToKeep),
             KeyStore::Unread => return Err(KeysRefused::NotLoaded),
+            KeyStore::Objects if !self.nodes.has_stream(node) => {
+                return Err(KeysRefused::NoStream(node.to_owned()));
+            }
             _ => {}
         }
         let _telling = self.telling.lock();

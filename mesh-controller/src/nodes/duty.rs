@@ -28,6 +28,8 @@ pub(super) struct Claim<'a> {
     pub(super) named: Option<Option<&'a str>>,
     /// Whether the named replica is another one that lives.
     pub(super) named_lives: bool,
+    /// Whether the object says that the named replica has the node's stream.
+    pub(super) named_has: bool,
     /// The leader, and in office for long enough.
     pub(super) leads: bool,
     /// Whether this replica has been running for as long.
@@ -39,8 +41,11 @@ pub(super) struct Claim<'a> {
 impl Claim<'_> {
     /// Whose turn it is.
     pub(super) fn duty(&self) -> Duty {
-        if self.said.is_some_and(|said| said.streams > 0) {
-            return Duty::Has;
+        if let Some(said) = self.said.filter(|said| said.streams > 0) {
+            // Of a node that went elsewhere the stream here may be dead for a while before that shows.
+            let other = self.named.flatten().is_some_and(|named| named != self.replica);
+            let went = said.elsewhere && other && self.named_lives && self.named_has;
+            return if went { Duty::None } else { Duty::Has };
         }
         let left_lately = self.said.and_then(|s| s.left).is_some_and(|left| left.elapsed() < STREAM_GRACE);
         match self.named {
@@ -69,6 +74,7 @@ mod tests {
             said,
             named,
             named_lives: true,
+            named_has: true,
             leads: false,
             settled: false,
             has_agent: true,
@@ -85,6 +91,16 @@ mod tests {
         for named in [None, Some(None), Some(Some("one")), Some(Some("two"))] {
             assert_eq!(claim(Some(&said), named).duty(), Duty::Has);
         }
+    }
+
+    #[test]
+    fn a_replica_whose_stream_is_dead_leaves_the_object_to_the_one_where_the_node_is() {
+        let said = NodeStatus { streams: 1, elsewhere: true, ..NodeStatus::default() };
+        let there = || claim(Some(&said), Some(Some("two")));
+        assert_eq!(there().duty(), Duty::None);
+        assert_eq!(Claim { named_has: false, ..there() }.duty(), Duty::Has, "the other one lost it again");
+        assert_eq!(Claim { named_lives: false, ..there() }.duty(), Duty::Has);
+        assert_eq!(claim(Some(&said), Some(Some("one"))).duty(), Duty::Has);
     }
 
     #[test]

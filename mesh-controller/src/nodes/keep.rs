@@ -77,6 +77,7 @@ impl Keeper {
             api: Api::all_with(self.client.clone(), &resource()),
             cluster: self.cluster.clone(),
             objects: objects.clone(),
+            replica: self.replica.clone(),
         };
         let writer = Writer::new(self, objects);
         tokio::select! {
@@ -95,7 +96,7 @@ enum Write {
         /// The whole object but its status, if that is to be written.
         object: Option<serde_json::Value>,
         status: Option<MeshNodeStatus>,
-        /// Only onto this version.
+        /// Only onto this version, if there was one: another replica may have got the node's stream since it was read.
         onto: Option<String>,
     },
     Remove {
@@ -112,6 +113,32 @@ impl Write {
     }
 }
 
+/// How the last write of an object went.
+#[derive(Debug)]
+struct Last {
+    at: Instant,
+    /// The status that was written.
+    status: Option<MeshNodeStatus>,
+    failed: bool,
+}
+
+/// A write, and when its turn is.
+#[derive(Debug)]
+struct Due {
+    urgency: News,
+    last: Option<Instant>,
+    /// The last attempt failed.
+    failed: bool,
+    write: Write,
+}
+
+/// The most urgent first, then those that have waited longest. What failed last time comes after all others, however
+/// urgent it is: a failure ends the turn, and must not do so for those that would be written.
+fn in_order(mut due: Vec<Due>) -> Vec<Write> {
+    due.sort_by_key(|due| (due.failed, std::cmp::Reverse(due.urgency), due.last));
+    due.into_iter().map(|due| due.write).collect()
+}
+
 struct Writer {
     keeper: Keeper,
     api: Api<DynamicObject>,
@@ -120,8 +147,8 @@ struct Writer {
     began: Option<Instant>,
     /// When this replica took office.
     office: Option<Instant>,
-    /// By node: when it was written last, and the status that was.
-    written: HashMap<String, (Instant, Option<MeshNodeStatus>)>,
+    /// By node.
+    written: HashMap<String, Last>,
     /// Nodes without an agent, and since when.
     without: HashMap<String, Instant>,
     /// Rejections that people have been told of, by node and type.
@@ -194,17 +221,11 @@ impl Writer {
             let (object, agent) = (objects.by_name.get(name), agents.get(name));
             let Some(node) = index.node(name) else {
                 // The garbage collector does it as well, where it runs.
-                if let Some(object) = object.filter(|_| leads) {
-                    let onto = object.resource_version.clone();
-                    due.push((News::Urgent, None, Write::Remove { name: name.to_owned(), onto }));
-                }
+                due.extend(object.filter(|_| leads).and_then(|object| self.removal(name, object)));
                 continue;
             };
             if leads && self.forsaken(name, agent.is_some(), said.get(name)) {
-                if let Some(object) = object {
-                    let onto = object.resource_version.clone();
-                    due.push((News::Urgent, None, Write::Remove { name: name.to_owned(), onto }));
-                }
+                due.extend(object.and_then(|object| self.removal(name, object)));
                 continue;
             }
             let named = object.map(|o| o.status.as_ref().and_then(|s| s.controller.as_deref()));
@@ -215,6 +236,7 @@ impl Writer {
                 named_lives: named.flatten().is_some_and(|named| {
                     index.pod_named(&self.keeper.namespace, named).is_some_and(|pod| !pod.finished())
                 }),
+                named_has: object.is_some_and(|object| object.holder().is_some()),
                 leads,
                 settled: self.began.is_some_and(|began| began.elapsed() >= OFFICE_GRACE),
                 has_agent: agent.is_some(),
@@ -237,18 +259,18 @@ impl Writer {
             let last = self.written.get(name);
             let mut how = news(before, &wanted);
             // An object that does not become what was written: its definition is older than this program.
-            let futile = |(at, written): &&(Instant, Option<MeshNodeStatus>)| {
-                at.elapsed() < REWRITE
-                    && written.as_ref().is_some_and(|w| news(Some(w), &wanted) == News::Nothing)
+            let futile = |last: &&Last| {
+                last.at.elapsed() < REWRITE
+                    && last.status.as_ref().is_some_and(|w| news(Some(w), &wanted) == News::Nothing)
             };
             if how != News::Nothing && last.filter(futile).is_some() {
                 how = News::Nothing;
             }
             let wait = if how == News::Numbers && put.is_none() { NUMBERS_PAUSE } else { URGENT_PAUSE };
-            if (how == News::Nothing && put.is_none()) || last.is_some_and(|(at, _)| at.elapsed() < wait) {
+            if (how == News::Nothing && put.is_none()) || last.is_some_and(|last| last.at.elapsed() < wait) {
                 continue;
             }
-            let onto = object.filter(|_| duty == Duty::Lost).map(|o| o.resource_version.clone());
+            let onto = object.map(|o| o.resource_version.clone());
             let urgency = if put.is_some() { News::Urgent } else { how };
             let write = Write::Put {
                 name: name.to_owned(),
@@ -256,13 +278,29 @@ impl Writer {
                 status: (how != News::Nothing).then_some(wanted),
                 onto,
             };
-            due.push((urgency, last.map(|(at, _)| *at), write));
+            due.push(Due { urgency, ..self.due_when(name, write) });
         }
-        self.written.retain(|name, _| index.node(name).is_some());
+        self.written.retain(|name, _| index.node(name).is_some() || objects.by_name.contains_key(name));
         self.without.retain(|name, _| index.node(name).is_some());
         cluster.nodes.forget(|name| index.node(name).is_some());
-        due.sort_by_key(|(urgency, last, _)| (std::cmp::Reverse(*urgency), *last));
-        due.into_iter().map(|(.., write)| write).collect()
+        in_order(due)
+    }
+
+    fn due_when(&self, name: &str, write: Write) -> Due {
+        let last = self.written.get(name);
+        Due {
+            urgency: News::Urgent,
+            last: last.map(|last| last.at),
+            failed: last.is_some_and(|last| last.failed),
+            write,
+        }
+    }
+
+    /// The removal of an object, unless it was just tried.
+    fn removal(&self, name: &str, object: &Object) -> Option<Due> {
+        let onto = object.resource_version.clone();
+        let due = self.due_when(name, Write::Remove { name: name.to_owned(), onto });
+        due.last.is_none_or(|at| at.elapsed() >= URGENT_PAUSE).then_some(due)
     }
 
     /// The agents' pods by node; while one is replaced, a ready one counts.
@@ -306,12 +344,12 @@ impl Writer {
             // Somebody was faster, or removed it; the watch tells, and it is looked at again.
             Err(error) if error.is_conflict() || error.code() == Some(404) => {
                 metrics.object_written("conflict");
-                self.written.insert(name, (Instant::now(), None));
+                self.written.insert(name, Last { at: Instant::now(), status: None, failed: false });
                 true
             }
             Err(error) => {
                 metrics.object_written("failed");
-                self.written.insert(name.clone(), (Instant::now(), None));
+                self.written.insert(name.clone(), Last { at: Instant::now(), status: None, failed: true });
                 self.failures += 1;
                 let text = error.to_string();
                 // Once is enough until it changes.
@@ -336,11 +374,14 @@ impl Writer {
                 tracing::info!(mesh_node = name, "removed: there is no such node, or no agent on it");
             }
             Write::Put { name, object, mut status, mut onto } => {
-                if let Some(object) = object {
+                if let Some(mut object) = object {
+                    if let Some(onto) = &onto {
+                        object["metadata"]["resourceVersion"] = json!(onto);
+                    }
                     let patch = Patch::Apply(&object);
                     let made = self.api.patch(&name, &apply, &patch);
                     let made = calls::within(TIMEOUT, "meshnodes", &metrics, made).await?;
-                    onto = onto.and(made.metadata.resource_version.clone());
+                    onto.clone_from(&made.metadata.resource_version);
                     if let Some(status) = &mut status {
                         status.observed_generation = made.metadata.generation;
                     }
@@ -365,7 +406,7 @@ impl Writer {
                     }
                     self.objects.lock().by_name.insert(name.clone(), made);
                 }
-                self.written.insert(name, (Instant::now(), status));
+                self.written.insert(name, Last { at: Instant::now(), status, failed: false });
             }
         }
         Ok(())
@@ -388,15 +429,23 @@ impl Writer {
                     about.extend(named.filter_map(|resource| culprit(&index, type_url, resource)));
                 }
                 for about in about {
-                    let note =
-                        format!("node {name} rejects a {what} and stays with what it had: {}", nack.message);
-                    let told = Announcement::warning(about, "ConfigRejected", "Configure", note);
-                    self.keeper.cluster.announce(told);
+                    self.keeper.cluster.announce(rejection(about, what, &nack.message));
                 }
             }
         }
         self.told.retain(|(name, _), _| said.contains_key(name));
     }
+}
+
+/// What is said of a rejection: on the node once for each type, and on what it rejects once for each reason, for however
+/// many nodes.
+fn rejection(about: About, what: &str, message: &str) -> Announcement {
+    let warning = |about, note| Announcement::warning(about, "ConfigRejected", "Configure", note);
+    if about.kind == Kind::Node {
+        let note = format!("rejects a {what} and stays with what it had: {message}");
+        return warning(about, note).once_for(what);
+    }
+    warning(about, format!("nodes reject the {what} made of it and stay with what they had: {message}"))
 }
 
 /// The object that a resource was made from.
@@ -441,6 +490,39 @@ fn put(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_fails_comes_after_all_that_may_be_written() {
+        let now = Instant::now();
+        let due = |name: &str, urgency, failed, seconds| Due {
+            urgency,
+            last: now.checked_sub(Duration::from_secs(seconds)),
+            failed,
+            write: Write::Remove { name: name.to_owned(), onto: String::new() },
+        };
+        let order = in_order(vec![
+            due("fails", News::Urgent, true, 900),
+            due("numbers", News::Numbers, false, 30),
+            due("lately", News::Urgent, false, 3),
+            due("long ago", News::Urgent, false, 60),
+        ]);
+        let names: Vec<&str> = order.iter().map(Write::name).collect();
+        assert_eq!(names, ["long ago", "lately", "numbers", "fails"]);
+    }
+
+    #[test]
+    fn a_rejection_is_said_once_of_a_node_and_once_of_what_all_nodes_reject() {
+        let node =
+            |name: &str| About { kind: Kind::Node, namespace: "".into(), name: name.into(), uid: "".into() };
+        let service =
+            || About { kind: Kind::Service, namespace: "shop".into(), name: "web".into(), uid: "".into() };
+        let name = |about, what, message| rejection(about, what, message).name();
+        assert_eq!(name(node("a"), "Service", "no room"), name(node("a"), "Service", "no room, again"));
+        assert_ne!(name(node("a"), "Service", "no room"), name(node("a"), "Workload", "no room"));
+        assert_ne!(name(node("a"), "Service", "no room"), name(node("b"), "Service", "no room"));
+        assert_ne!(name(service(), "Service", "no room"), name(service(), "Service", "not understood"));
+        assert!(rejection(service(), "Service", "no room").note.contains("no room"));
+    }
 
     #[test]
     fn an_object_is_written_for_its_keys_and_its_owner_and_for_nothing_else() {

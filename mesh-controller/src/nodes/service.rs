@@ -106,7 +106,7 @@ impl NodeReportService for NodeReports {
                 Ok(Response::new(TunnelKeysTaken {}))
             }
             Err(why) => Err(refused(match &why {
-                KeysRefused::NotLoaded => Status::unavailable(why.to_string()),
+                KeysRefused::NotLoaded | KeysRefused::NoStream(_) => Status::unavailable(why.to_string()),
                 KeysRefused::Taken { .. } => Status::already_exists(why.to_string()),
                 KeysRefused::NoNode(_) | KeysRefused::NowhereToKeep => {
                     Status::failed_precondition(why.to_string())

@@ -15,9 +15,14 @@ use parking_lot::Mutex;
 use serde_json::json;
 
 use super::object::{CRD_NAME, MeshNode, MeshNodeSpec, MeshNodeStatus};
+use super::status::READY;
 use crate::cluster::{Cluster, KeyStore};
 use crate::source::kubernetes::WATCH_SECONDS;
 
+/// Refusals in a row until a cluster is taken for one without the kind, and the pause between them: while a chart is
+/// installed, the definition and the rights to read it come one after the other.
+const REFUSALS: u32 = 4;
+const REFUSAL_PAUSE: Duration = Duration::from_secs(1);
 /// Wait until a cluster without the kind is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// How long nodes wait for objects that cannot be read.
@@ -36,6 +41,13 @@ pub(super) struct Object {
 }
 
 impl Object {
+    /// The replica that says it has the node's stream.
+    pub(super) fn holder(&self) -> Option<&str> {
+        let status = self.status.as_ref()?;
+        let has = status.condition(READY).is_some_and(|ready| ready.status == "True");
+        status.controller.as_deref().filter(|_| has)
+    }
+
     /// What of it makes sense. The API server checks objects, but by the definition that is installed.
     pub(super) fn read(object: &DynamicObject) -> Self {
         let part = |name: &str| object.data.get(name).cloned().unwrap_or_default();
@@ -68,6 +80,8 @@ pub(super) struct Watch {
     pub(super) api: Api<DynamicObject>,
     pub(super) cluster: Arc<Cluster>,
     pub(super) objects: Arc<Mutex<Objects>>,
+    /// Name of this replica.
+    pub(super) replica: String,
 }
 
 impl Watch {
@@ -75,7 +89,7 @@ impl Watch {
     pub(super) async fn run(self) {
         let began = Instant::now();
         let backoff = Backoff { initial: Duration::from_millis(100), max: Duration::from_secs(5) };
-        let (mut failures, mut doubted) = (0, false);
+        let (mut failures, mut refusals, mut doubted) = (0, 0, false);
         loop {
             let config = watcher::Config::default().page_size(PAGE).timeout(WATCH_SECONDS);
             let mut events = std::pin::pin!(watcher(self.api.clone(), config));
@@ -83,7 +97,7 @@ impl Watch {
             while let Some(event) = events.next().await {
                 let error = match event {
                     Ok(event) => {
-                        failures = 0;
+                        (failures, refusals) = (0, 0);
                         if !self.take(event, &mut listing, &mut doubted) {
                             break;
                         }
@@ -94,6 +108,12 @@ impl Watch {
                 let code = code_of(&error);
                 self.cluster.metrics.api_error("meshnodes", code);
                 if matches!(code, Some(403 | 404)) {
+                    refusals += 1;
+                    if refusals < REFUSALS && self.cluster.key_store() != KeyStore::Absent {
+                        tracing::debug!(%error, "cannot read MeshNodes yet; trying again");
+                        tokio::time::sleep(REFUSAL_PAUSE).await;
+                        break;
+                    }
                     self.absent(code == Some(403));
                     tokio::time::sleep(LOOK_AGAIN).await;
                     break;
@@ -181,7 +201,15 @@ impl Watch {
         let name = object.metadata.name.clone().unwrap_or_default();
         let spec = object.data.get("spec").cloned().unwrap_or_else(|| json!({}));
         let keys = serde_json::from_value::<MeshNodeSpec>(spec).ok().and_then(|spec| spec.keys());
-        self.objects.lock().by_name.insert(name.clone(), Object::read(object));
+        let read = Object::read(object);
+        let now = read.holder().map(str::to_owned);
+        let before = self.objects.lock().by_name.insert(name.clone(), read);
+        // What is listed for the first time may be older than any stream.
+        if let Some(before) = before
+            && before.holder() != now.as_deref()
+        {
+            self.cluster.nodes.is_elsewhere(&name, now.is_some_and(|now| now != self.replica));
+        }
         match keys {
             Some(keys) => self.cluster.read_tunnel_keys(vec![(name, Some(keys))]),
             None => tracing::error!(

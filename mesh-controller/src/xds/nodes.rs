@@ -73,6 +73,9 @@ pub struct NodeStatus {
     /// Keys of its tunnel, if it registered them since it has a stream.
     #[serde(skip)]
     pub tunnel_keys: Option<Vec<TunnelKey>>,
+    /// Another replica has said since the last stream was opened here that it has the node: this one is dead, and nobody
+    /// has noticed yet.
+    pub elsewhere: bool,
     /// Version of its program.
     pub agent_version: String,
     /// By type URL.
@@ -92,7 +95,7 @@ impl Nodes {
     pub(super) fn opened(&self, node: &str) {
         self.with(node, |n| {
             n.streams += 1;
-            n.left = None;
+            (n.left, n.elsewhere) = (None, false);
         });
     }
 
@@ -101,7 +104,7 @@ impl Nodes {
             n.streams = n.streams.saturating_sub(1);
             if n.streams == 0 {
                 n.left = Some(Instant::now());
-                (n.report, n.tunnel_keys) = (None, None);
+                (n.report, n.tunnel_keys, n.elsewhere) = (None, None, false);
             }
         });
     }
@@ -110,14 +113,30 @@ impl Nodes {
         self.with(node, |n| n.report = Some(report));
     }
 
+    /// They count for as long as the node has a stream here; without one nobody would notice that it went elsewhere.
     pub(crate) fn registered_keys(&self, node: &str, keys: Vec<TunnelKey>) {
-        self.with(node, |n| n.tunnel_keys = Some(keys));
+        if let Some(n) = self.0.lock().get_mut(node).filter(|n| n.streams > 0) {
+            (n.tunnel_keys, n.elsewhere) = (Some(keys), false);
+        }
     }
 
     /// Whether the node registered keys in a stream that it still has here: those count, whatever its object says.
     #[must_use]
     pub fn has_registered(&self, node: &str) -> bool {
-        self.0.lock().get(node).is_some_and(|n| n.tunnel_keys.is_some())
+        self.0.lock().get(node).is_some_and(|n| n.tunnel_keys.is_some() && !n.elsewhere)
+    }
+
+    /// Whether the node has a stream here.
+    #[must_use]
+    pub fn has_stream(&self, node: &str) -> bool {
+        self.0.lock().get(node).is_some_and(|n| n.streams > 0)
+    }
+
+    /// Another replica says that it has the node, or has it no more.
+    pub(crate) fn is_elsewhere(&self, node: &str, elsewhere: bool) {
+        if let Some(n) = self.0.lock().get_mut(node).filter(|n| n.streams > 0) {
+            n.elsewhere = elsewhere;
+        }
     }
 
     /// Forgets nodes that have no stream and are not `kept`.
@@ -159,5 +178,33 @@ impl Nodes {
     #[must_use]
     pub fn snapshot(&self) -> BTreeMap<String, NodeStatus> {
         self.0.lock().clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(byte: u8) -> TunnelKey {
+        TunnelKey { generation: 1, public_key: [byte; 32], ports: [1, 2] }
+    }
+
+    #[test]
+    fn keys_count_as_registered_here_only_while_the_node_has_its_stream_here() {
+        let nodes = Nodes::default();
+        nodes.registered_keys("n1", vec![key(1)]);
+        assert!(!nodes.has_registered("n1"), "it has no stream here");
+        nodes.opened("n1");
+        assert!(!nodes.has_registered("n1"));
+        nodes.registered_keys("n1", vec![key(1)]);
+        assert!(nodes.has_registered("n1"));
+        nodes.is_elsewhere("n1", true);
+        assert!(!nodes.has_registered("n1"), "its object says where it is now");
+        nodes.opened("n1");
+        assert!(nodes.has_registered("n1"), "it is back");
+        nodes.closed("n1");
+        assert!(nodes.has_registered("n1"), "the dead stream ended, the other one lives");
+        nodes.closed("n1");
+        assert!(!nodes.has_registered("n1"));
     }
 }
