@@ -97,7 +97,10 @@ impl Watch {
             while let Some(event) = events.next().await {
                 let error = match event {
                     Ok(event) => {
-                        (failures, refusals) = (0, 0);
+                        // A list begins before it is asked for, and may yet be refused.
+                        if !matches!(event, watcher::Event::Init) {
+                            (failures, refusals) = (0, 0);
+                        }
                         if !self.take(event, &mut listing, &mut doubted) {
                             break;
                         }
