@@ -3,7 +3,8 @@
 //! The API server says whose token it is; the rest is decided here, and all of it must hold: the token is for us
 //! (audience), it is the agents' service account's, it was made for a pod on a node (the node claim, which the API server
 //! writes when the kubelet asks for a token), the node is the one that the caller says to be, and the pod is there, on that
-//! node, under that account, and has not finished. A token that was carried to another node therefore proves nothing there.
+//! node, under that account, and has not finished. So a token proves its own node only, and only while its pod is there. It is a
+//! bearer token all the same: who shows it and says to be that node is taken for it, wherever the call comes from.
 
 use std::sync::Arc;
 use std::time::Duration;
