@@ -111,9 +111,13 @@ def endpoints(story):
         kubectl("delete", "namespace", "odd", "--timeout=60s")
 
 
+def agent_of(node):
+    return next(p for p in pods(AGENTS, SYSTEM) if p["spec"]["nodeName"] == node)
+
+
 def refused_with(token):
     """What the controller says to an agent on node1 that says to be node2's and shows the token of this file."""
-    agent = next(p for p in pods(AGENTS, SYSTEM) if p["spec"]["nodeName"] == "node1")["metadata"]["name"]
+    agent = agent_of("node1")["metadata"]["name"]
     own = ["--node-name=node2", "--run-dir=/run/sockmesh/thief", "--state-dir=/var/lib/sockmesh/thief"]
     address = f"sockmesh-controller.{SYSTEM}.svc"
     thief = subprocess.Popen(
@@ -143,15 +147,32 @@ def stolen_token(story):
 
 def other_audience(story):
     "a token of the agent's that was made for somebody else is refused"
-    agent = next(p for p in pods(AGENTS, SYSTEM) if p["spec"]["nodeName"] == "node2")["metadata"]["name"]
+    agent = agent_of("node2")["metadata"]["name"]
     token = kubectl("create", "token", "-n", SYSTEM, "sockmesh-node", "--audience=somebody-else",
                     "--bound-object-kind=Pod", f"--bound-object-name={agent}")
+    refused = refused_when_shown(token)
+    expect("audience" in refused, refused)
+    return refused[:200]
+
+
+def refused_when_shown(token):
+    """The same with a token."""
     on("node1", "tee", "/run/sockmesh/other-token", stdin=token)
     try:
-        refused = refused_with("/run/sockmesh/other-token")
+        return refused_with("/run/sockmesh/other-token")
     finally:
         on("node1", "rm", "/run/sockmesh/other-token")
-    expect("audience" in refused, refused)
+
+
+def retired_token(story):
+    "the token of an agent whose pod is gone is refused, long before it expires"
+    agent = agent_of("node2")["metadata"]
+    token = on("node2", "cat", f"/var/lib/kubelet/pods/{agent['uid']}/volumes/kubernetes.io~projected/token/token")
+    kubectl("delete", "pod", "-n", SYSTEM, agent["name"], "--timeout=90s")
+    kubectl("rollout", "status", "-n", SYSTEM, "daemonset/sockmesh-node", "--timeout=90s")
+    refused = refused_when_shown(token)
+    expect("is not a running agent of node node2" in refused or "does not accept the token" in refused, refused)
+    until("all captured", enrolled)
     return refused[:200]
 
 

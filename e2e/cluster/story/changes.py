@@ -2,11 +2,12 @@
 
 import json
 import os
+import subprocess
 import time
 
 from .driving import (
     ask, CANARY, client_on, CONTROLLERS, enrolled, expect, Failed, get, HERE, kubectl, Load, NODES, on,
-    pods, run, settle_web, stranger, SYSTEM, until, web_on,
+    pods, run, settle_web, sockmesh, stranger, SYSTEM, until, web_on,
 )
 
 
@@ -104,20 +105,39 @@ def api_server(story):
 
 
 def rotation(story):
-    "the CA's root is replaced under load, to the end, and pods with certificates of both roots talk: no request fails"
-    load = Load()
-    kubectl("annotate", "secret", "-n", SYSTEM, "sockmesh-ca", "--overwrite", f"sockmesh.io/rotate={CANARY}")
+    "sockmesh ca rotate replaces the root under load, to the end, and pods with certificates of both roots talk: no request fails"
+    def ca():
+        return json.loads(sockmesh("ca", "status", "-o", "json"))
 
     def phase():
-        told = get("secret", "-n", SYSTEM, "sockmesh-ca")["metadata"]["annotations"].get("sockmesh.io/rotation", "{}")
-        return json.loads(told).get("phase")
+        told = ca()["rotation"] or {}
+        return told.get("phase") if told.get("id") == asked else None
+    before = ca()
+    expect(before["mode"] == "self-signed" and len(before["roots"]) == 1, f"the CA: {before}")
+    load = Load()
     began = time.monotonic()
-    until("the new root signs", lambda: phase() in ["switched", "done"], 90)
-    kubectl("rollout", "restart", "-n", "shop", "deployment/web")
-    kubectl("rollout", "status", "-n", "shop", "deployment/web", "--timeout=120s")
-    # Nobody waits for the certificates' end: nodes replace them as soon as they hear of the new root.
-    until("the last root is gone", lambda: phase() == "done", 120)
-    took = time.monotonic() - began
+    rotate = subprocess.Popen([HERE / "bin/sockmesh", "ca", "rotate", "--wait"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        first = rotate.stdout.readline()
+        expect("asked for a new root (id " in first, f"sockmesh ca rotate says: {first}")
+        asked = first.strip().split("(id ")[1].rstrip(")")
+        until("the controller begins", phase)
+        refused = sockmesh("ca", "rotate", fails=True)
+        expect("a rotation is under way" in refused, f"a second one is not refused: {refused}")
+        until("the new root signs", lambda: phase() in ["switched", "done"], 90)
+        kubectl("rollout", "restart", "-n", "shop", "deployment/web")
+        kubectl("rollout", "status", "-n", "shop", "deployment/web", "--timeout=120s")
+        # Nobody waits for the certificates' end: nodes replace them as soon as they hear of the new root.
+        until("the last root is gone", lambda: phase() == "done", 120)
+        took = time.monotonic() - began
+        said = rotate.communicate(timeout=30)[0]
+    finally:
+        # It only watches.
+        rotate.kill()
+    expect(rotate.returncode == 0 and "done" in said, f"sockmesh ca rotate --wait ends with {rotate.returncode}: {said}")
+    after = ca()
+    expect(len(after["roots"]) == 1 and after["roots"][0]["sha256"] != before["roots"][0]["sha256"], f"the roots: {after['roots']}")
+    expect(after["roots"][0]["sha256"] in sockmesh("ca", "status"), "the root is not in the table")
     sent = load.unfailing()
     return f"{sent} requests, {took:.0f} s"
 

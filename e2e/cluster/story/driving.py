@@ -129,6 +129,17 @@ def stranger(url, *arguments):
     return curl("stranger", url, *arguments, namespace="outside", fails=True)
 
 
+def from_outside(url):
+    """What somebody gets who is not in the cluster at all; no canary either."""
+    return run("nsenter", f"--net=/run/netns/{NAME}-fabric", "curl", "-sS", "-m", "5", url, fails=True)
+
+
+def entries():
+    """Every way into the application through a node: its NodePort on all of them, and the hostPort of `entry` on its own."""
+    nodes = [f"10.99.0.{10 + number}" for number in range(1, len(NODES) + 1)]
+    return [f"http://{node}:30081/" for node in nodes] + [f"http://{nodes[0]}:30880/"]
+
+
 def ask(pod, host, *arguments, **options):
     return curl(pod, f"http://{host}/{CANARY}", *arguments, **options)
 

@@ -106,6 +106,11 @@ def uninstall(story):
     helm("uninstall", "sockmesh", "--namespace", SYSTEM, "--timeout", "3m")
     helm("uninstall", "sockmesh-crds", "--namespace", SYSTEM)
     kubectl("delete", "crd", "meshnodes.sockmesh.io")
+    nothing_left()
+
+
+def nothing_left():
+    """Nothing on the nodes, nothing in the way of traffic, nothing in the cluster."""
     for node in NODES:
         expect(not traces(node), f"{node}: {traces(node)}")
     for namespace_, pod in [("outside", "stranger"), ("shop", client_on("node1"))]:
@@ -113,7 +118,7 @@ def uninstall(story):
     kinds = "all,configmaps,secrets,leases,roles,rolebindings,serviceaccounts,networkpolicies"
     left = [name for name in kubectl("get", "-n", SYSTEM, kinds, "-o", "name").split()
             if not re.match("configmap/kube-root-ca.crt|serviceaccount/default|pod/sockmesh-cleanup-", name)]
-    left += re.findall(".*sockmesh.*", kubectl("get", "clusterroles,clusterrolebindings", "-o", "name"))
+    left += re.findall(".*sockmesh.*", kubectl("get", "clusterroles,clusterrolebindings,customresourcedefinitions", "-o", "name"))
     expect(not left, f"left: {left}")
 
 

@@ -5,8 +5,8 @@ import re
 import subprocess
 
 from .driving import (
-    addresses_of, ask, CANARY, client_on, DUAL_STACK, each_address, expect, get, HERE, kubectl, Load, NODES, on,
-    pods, probes_of, run, stranger, total, until, web_on,
+    addresses_of, ask, CANARY, client_on, DUAL_STACK, each_address, entries, expect, from_outside, get, HERE, kubectl, Load,
+    NODES, on, pods, probes_of, run, stranger, total, until, web_on,
 )
 
 
@@ -30,6 +30,20 @@ def addresses(story):
         for target in ["web-each:8080", "web.shop.svc.cluster.local", *virtual, *direct]:
             expect("pod=web" in ask(client_on(node), target), f"{node} to {target}")
     return f"{len(virtual + direct)} addresses"
+
+
+def named_ports(story):
+    "a Service whose port is a name finds the number that each pod gives it"
+    numbers = {port["port"] for part in get("endpointslices", "-n", "shop", "-l", "kubernetes.io/service-name=pages")["items"]
+               for port in part["ports"]}
+    expect(numbers == {80, 8080}, f"the name stands for {numbers}")
+    for node in NODES:
+        answered = set()
+
+        def both():
+            answered.add(re.search("pod=([a-z]+)", ask(client_on(node), "pages"))[1])
+            return answered == {"web", "entry"}
+        until(f"answers of both kinds of pods, asked from {node}", both)
 
 
 def identities(story):
@@ -101,20 +115,25 @@ def prometheus(story):
 
 
 def strict(story):
-    "a strict pod refuses one outside of the mesh, by Service, address, NodePort and hostPort"
+    "a strict pod refuses one outside of the mesh, by Service, address, NodePort and hostPort, and who is not in the cluster"
     virtual = each_address(get("service", "-n", "shop", "web")["spec"]["clusterIPs"])
     direct = [f"{address}:8080" for node in ["node1", "node2"] for address in addresses_of(web_on(node))]
-    for place in ["web.shop", *virtual, *direct, "10.99.0.11:30081", "10.99.0.11:30880"]:
-        answer = stranger(f"http://{place}/")
-        expect("pod=" not in answer, f"{place} answered {answer!r}")
+    for url in [f"http://{place}/" for place in ["web.shop", *virtual, *direct]] + entries():
+        answer = stranger(url)
+        expect("pod=" not in answer, f"{url} answered {answer!r}")
+    for url in entries():
+        answer = from_outside(url)
+        expect("pod=" not in answer, f"{url} answered {answer!r}")
     expect(total("sockmesh_refused_total", reason="PLAIN") > 0, "not counted in sockmesh_refused_total")
 
 
 def permissive(story):
     "with sockmesh.io/mtls=permissive it does not, also not through NodePort and hostPort; and is strict again without"
     kubectl("annotate", "namespace", "shop", "sockmesh.io/mtls=permissive")
-    for url in ["http://web.shop/", "http://10.99.0.11:30081/", "http://10.99.0.11:30880/"]:
+    for url in ["http://web.shop/", *entries()]:
         until(f"an answer of {url}", lambda: "pod=" in stranger(url))
+    for url in entries():
+        until(f"an answer of {url} to who is not in the cluster", lambda: "pod=" in from_outside(url))
     kubectl("annotate", "namespace", "shop", "sockmesh.io/mtls-")
     until("a refusal", lambda: "pod=web" not in stranger("http://web.shop/"))
 
