@@ -323,6 +323,7 @@ fn workload_to_wire(w: &Workload) -> pb::Workload {
         }),
         fail_open: !w.fail_closed,
         host_network: w.host_network,
+        encrypted_only: w.encrypted_only,
         state: state_to_wire(w.state).into(),
     }
 }
@@ -371,6 +372,7 @@ fn workload_from_wire(w: pb::Workload) -> Result<Workload, FieldError> {
         exclusions,
         fail_closed: !w.fail_open,
         host_network: w.host_network,
+        encrypted_only: w.encrypted_only,
         state: state_from_wire(w.state)?,
     })
 }

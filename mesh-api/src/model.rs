@@ -104,6 +104,9 @@ pub struct Workload {
     pub fail_closed: bool,
     /// Uses the node's network namespace; never enrolled.
     pub host_network: bool,
+    /// What would go between it and a pod of another node in clear text is to be dropped, where the tunnel's strict mode
+    /// goes by labels (`sockmesh.io/wireguard`).
+    pub encrypted_only: bool,
     /// Whether it takes traffic.
     pub state: WorkloadState,
 }

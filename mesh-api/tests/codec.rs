@@ -61,12 +61,18 @@ fn workload() -> impl Strategy<Value = Workload> {
             Just(WorkloadState::Terminating)
         ],
         prop_oneof![Just(TunnelProtocol::None), Just(TunnelProtocol::Hbone), Just(TunnelProtocol::Native)],
-        any::<(bool, bool, bool)>(),
+        any::<(bool, bool, bool, bool)>(),
     );
     let modes =
         (mode(), proptest::collection::btree_map(port(), mode(), 0..4), vec(port(), 0..3), exclusions());
     (names, labels, life, modes, vec(any::<IpAddr>(), 0..3)).prop_map(
-        |(names, labels, (state, tunnel, (enrolled, fail_closed, host_network)), modes, addresses)| {
+        |(
+            names,
+            labels,
+            (state, tunnel, (enrolled, fail_closed, host_network, encrypted_only)),
+            modes,
+            addresses,
+        )| {
             Workload {
                 uid: names.0,
                 name: names.1,
@@ -87,6 +93,7 @@ fn workload() -> impl Strategy<Value = Workload> {
                 exclusions: modes.3,
                 fail_closed,
                 host_network,
+                encrypted_only,
                 state,
             }
         },

@@ -86,6 +86,17 @@ impl Reporter {
         }
     }
 
+    /// Tells no keys any more; the controller keeps those that it has.
+    pub fn forget_tunnel_keys(&self) {
+        self.0.keys.send_if_modified(|last| last.take().is_some());
+    }
+
+    /// Has the keys registered once more: the controller has taken them, and tells others of this node.
+    pub fn tell_keys_again(&self) {
+        self.0.registration.send_replace(Registration::Pending(String::new()));
+        self.0.keys.send_modify(|_| {});
+    }
+
     /// Whether the controller has the keys, to look at or to wait on.
     #[must_use]
     pub fn registration(&self) -> watch::Receiver<Registration> {

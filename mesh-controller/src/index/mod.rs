@@ -457,6 +457,7 @@ impl Index {
                 coverage::of_namespace(namespace, &mut problems);
             }
             settings::unknown(&namespace.annotations, &mut problems);
+            settings::encrypted_only(namespace.wireguard_label.as_deref(), &mut problems);
         }
         self.set_problems(ObjectKey { kind: Kind::Namespace, namespace: "".into(), name }, problems, delta);
     }

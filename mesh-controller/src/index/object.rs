@@ -116,6 +116,8 @@ pub struct Namespace {
     pub name: Arc<str>,
     /// Label `sockmesh.io/mesh`.
     pub mesh_label: Option<String>,
+    /// Label `sockmesh.io/wireguard`.
+    pub wireguard_label: Option<String>,
     /// Annotations that begin with [`PREFIX`].
     pub annotations: BTreeMap<String, String>,
     /// What it asks of other meshes.
@@ -395,9 +397,11 @@ impl TryFrom<&core::Namespace> for Object {
     type Error = Invalid;
 
     fn try_from(ns: &core::Namespace) -> Result<Self, Invalid> {
+        let label = |name| ns.metadata.labels.as_ref().and_then(|labels| labels.get(name).cloned());
         Ok(Self::Namespace(Namespace {
             name: name(&ns.metadata)?,
-            mesh_label: ns.metadata.labels.as_ref().and_then(|l| l.get(super::settings::MESH).cloned()),
+            mesh_label: label(super::settings::MESH),
+            wireguard_label: label(super::settings::WIREGUARD),
             annotations: own_annotations(&ns.metadata),
             asked: coverage::asked(ns.metadata.labels.as_ref(), ns.metadata.annotations.as_ref()),
         }))

@@ -13,6 +13,9 @@ use super::object::PREFIX;
 
 /// Label on namespaces (`enabled`) and pods (`enabled`, `disabled`; wins over the namespace's).
 pub const MESH: &str = "sockmesh.io/mesh";
+/// Label on namespaces and pods (`strict`, `off`; the pod's wins): whether what would cross between nodes in clear text is
+/// dropped, where the tunnel's strict mode goes by labels.
+pub const WIREGUARD: &str = "sockmesh.io/wireguard";
 const MTLS: &str = "sockmesh.io/mtls";
 const MTLS_DISABLED_PORTS: &str = "sockmesh.io/mtls-disabled-ports";
 const EXCLUDE_OUTBOUND_PORTS: &str = "sockmesh.io/exclude-outbound-ports";
@@ -63,6 +66,22 @@ pub(super) fn opt(label: Option<&str>, problems: &mut Vec<Problem>) -> Option<bo
                 ),
             });
             None
+        }
+    }
+}
+
+/// What a label [`WIREGUARD`] says, if there is one. An unknown value opens nothing: it counts as `strict`.
+pub(super) fn encrypted_only(label: Option<&str>, problems: &mut Vec<Problem>) -> Option<bool> {
+    match label {
+        None => None,
+        Some("strict") => Some(true),
+        Some("off") => Some(false),
+        Some(other) => {
+            problems.push(Problem {
+                field: format!("metadata.labels[{WIREGUARD}]"),
+                message: format!("{other:?} is neither \"strict\" nor \"off\"; it counts as strict"),
+            });
+            Some(true)
         }
     }
 }
@@ -183,6 +202,15 @@ mod tests {
         let mut problems = Vec::new();
         let settings = read(&map(namespace), &map(pod), &mut problems);
         (settings, problems.iter().map(|p| format!("{}: {}", p.field, p.message)).collect())
+    }
+
+    #[test]
+    fn a_label_that_cannot_be_read_lets_nothing_cross_in_clear_text() {
+        let mut problems = Vec::new();
+        for (label, expected) in [(None, None), (Some("strict"), Some(true)), (Some("off"), Some(false))] {
+            assert_eq!(encrypted_only(label, &mut problems), expected);
+        }
+        assert_eq!((encrypted_only(Some("on"), &mut problems), problems.len()), (Some(true), 1));
     }
 
     #[test]

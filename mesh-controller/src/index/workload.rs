@@ -24,6 +24,8 @@ pub(super) fn compile(
     let opted_in = settings::opted_in(namespace.mesh_label.as_deref(), pod_label, problems);
     let uncovered = if opted_in { coverage::of_pod(pod, namespace) } else { None };
     let enrolled = opted_in && uncovered.is_none();
+    let of_pod = settings::encrypted_only(pod.labels.get(settings::WIREGUARD).map(String::as_str), problems);
+    let of_namespace = settings::encrypted_only(namespace.wireguard_label.as_deref(), &mut Vec::new());
     let workload_name = workload_name(pod);
     let label = |names: &[&str]| names.iter().find_map(|n| pod.labels.get(*n)).map(|v| Arc::from(v.as_str()));
     let app: Arc<str> = label(&["app.kubernetes.io/name", "app"]).unwrap_or_else(|| workload_name.clone());
@@ -46,6 +48,7 @@ pub(super) fn compile(
         probe_ports: pod.probe_ports.clone(),
         fail_closed: true,
         host_network: pod.host_network,
+        encrypted_only: of_pod.or(of_namespace).unwrap_or(false),
         state: state(pod),
         ..Workload::default()
     };
