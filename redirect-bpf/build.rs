@@ -1,4 +1,4 @@
-//! Builds the eBPF programs of `programs/` for `bpfel-unknown-none` and leaves the object in `OUT_DIR/redirect`.
+//! Builds the eBPF programs of `programs/` for `bpfel-unknown-none` and leaves the objects in `OUT_DIR`.
 //!
 //! That target has no prebuilt `core`, so it takes a compiler that may use unstable options, the sources of `core`,
 //! and `bpf-linker`. Two compilers are known to do: a rustup nightly with the component rust-src, and Debian's
@@ -13,6 +13,8 @@ use std::{
 const TARGET: &str = "bpfel-unknown-none";
 /// The nightly that the script installs: its LLVM is known not to be newer than the linker's.
 const NIGHTLY: &str = "nightly-2026-05-20-";
+/// The redirection, and what is around the tunnel between nodes.
+const OBJECTS: [&str; 2] = ["redirect", "tunnel"];
 const HELP: &str = "run scripts/install-bpf-toolchain.sh (as root or with sudo), then build again";
 
 /// A compiler that can build `core`.
@@ -75,10 +77,12 @@ fn build() -> Result<(), String> {
             toolchain.rustc.display()
         ));
     }
-    let built = target_dir.join(TARGET).join("release/redirect");
-    let wanted = out_dir.join("redirect");
-    fs::copy(&built, &wanted)
-        .map_err(|error| format!("copy {} to {}: {error}", built.display(), wanted.display()))?;
+    for object in OBJECTS {
+        let built = target_dir.join(TARGET).join("release").join(object);
+        let wanted = out_dir.join(object);
+        fs::copy(&built, &wanted)
+            .map_err(|error| format!("copy {} to {}: {error}", built.display(), wanted.display()))?;
+    }
     Ok(())
 }
 

@@ -11,6 +11,8 @@
 //!   pods/<netns cookie>     the sk_lookup link of that pod's network namespace, cookie as 16 hex digits
 //! ```
 //!
+//! What is around the tunnel between nodes has maps and pins of its own, see [`tunnel`].
+//!
 //! Map `FAST` holds the program of the acceleration, if one was loaded ([`Redirect::accelerate`]).
 //!
 //! A link holds its program and a program its maps, so programs need no pins of their own. A start finds the links
@@ -32,6 +34,7 @@ mod probe;
 mod redirect;
 mod settings;
 mod sys;
+pub mod tunnel;
 #[path = "../programs/src/types.rs"]
 #[allow(dead_code, unreachable_pub, reason = "the programs' side needs what this side does not")]
 mod types;

@@ -226,7 +226,7 @@ impl Redirect {
 /// `BPF_FS_MAGIC` of linux/magic.h.
 pub(crate) const BPF_FS_MAGIC: libc::c_long = 0xcafe_4a11;
 
-fn require_bpffs(path: &Path) -> Result<(), Error> {
+pub(crate) fn require_bpffs(path: &Path) -> Result<(), Error> {
     let found = nix::sys::statfs::statfs(path)
         .map_err(|errno| Error::Sys { what: format!("look at {}", path.display()), source: errno.into() })?;
     if found.filesystem_type().0 != BPF_FS_MAGIC {
@@ -235,7 +235,7 @@ fn require_bpffs(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn make_directory(path: &Path) -> Result<(), Error> {
+pub(crate) fn make_directory(path: &Path) -> Result<(), Error> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -253,7 +253,7 @@ pub(crate) fn remove_directory(path: &Path) -> Result<(), Error> {
     }
 }
 
-fn pinned_map<K: sys::Plain, V: sys::Plain>(maps: &Path, name: &str) -> Result<Map<K, V>, Error> {
+pub(crate) fn pinned_map<K: sys::Plain, V: sys::Plain>(maps: &Path, name: &str) -> Result<Map<K, V>, Error> {
     sys::open_pinned(&maps.join(name))
         .and_then(Map::from_fd)
         .map_err(Error::sys(format!("open pinned map {}", maps.join(name).display())))

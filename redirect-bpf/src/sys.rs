@@ -16,6 +16,7 @@ use std::{
 
 use nix::libc;
 
+use crate::tunnel::types::{Address, DropKey, DropValue, Range, State};
 use crate::types::{
     Addr, CidrData, ConnectionKey, ListenerKey, NodeEntry, Note, Path as FastPath, PodEntry, PortKey,
     RefusedKey,
@@ -63,7 +64,25 @@ unsafe impl Plain for CidrKey {}
 // SAFETY: as above.
 unsafe impl Plain for FastPath {}
 
+// SAFETY: an array of integers, transparent in effect through repr(C).
+unsafe impl Plain for Address {}
+// SAFETY: repr(C), integers only, sizes asserted below to be the sums of the fields.
+unsafe impl Plain for RangeKey {}
+// SAFETY: as above.
+unsafe impl Plain for Range {}
+// SAFETY: as above.
+unsafe impl Plain for State {}
+// SAFETY: as above.
+unsafe impl Plain for DropKey {}
+// SAFETY: as above.
+unsafe impl Plain for DropValue {}
+
 const _: () = {
+    assert!(size_of::<RangeKey>() == 20);
+    assert!(size_of::<Range>() == 8);
+    assert!(size_of::<State>() == 16);
+    assert!(size_of::<DropKey>() == 40);
+    assert!(size_of::<DropValue>() == 16);
     assert!(size_of::<PodEntry>() == 8);
     assert!(size_of::<NodeEntry>() == 16);
     assert!(size_of::<ListenerKey>() == 16);
@@ -81,6 +100,14 @@ const _: () = {
 pub(crate) struct CidrKey {
     pub(crate) prefix_len: u32,
     pub(crate) data: CidrData,
+}
+
+/// Key of the map of ranges around the tunnel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct RangeKey {
+    pub(crate) prefix_len: u32,
+    pub(crate) address: Address,
 }
 
 /// The part of `union bpf_attr` for map elements.
@@ -416,6 +443,35 @@ pub(crate) fn loopback_up(socket: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the request is a live ifreq with a name and flags, which is what this ioctl reads.
     let answer = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whether a device of the calling thread's network namespace has Ethernet frames (`SIOCGIFHWADDR`, netdevice(7)).
+pub(crate) fn is_ethernet(socket: BorrowedFd<'_>, device: &str) -> io::Result<bool> {
+    // SAFETY: integers and a union of plain data, for which zeroes are a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if device.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (place, byte) in request.ifr_name.iter_mut().zip(device.bytes()) {
+        *place = byte as libc::c_char;
+    }
+    // SAFETY: the request is a live ifreq with a name, of which this ioctl fills in the address.
+    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has written the hardware address, whose family is the type of the device.
+    let kind = unsafe { request.ifr_ifru.ifru_hwaddr.sa_family };
+    // Loopback has an empty Ethernet header too.
+    Ok(matches!(kind, libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK))
+}
+
+/// Nanoseconds since boot as programs see them (`bpf_ktime_get_ns`).
+pub(crate) fn monotonic_nanoseconds() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes to a live timespec; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// Fewest bytes for which a socket is readable (`SO_RCVLOWAT`, socket(7)).

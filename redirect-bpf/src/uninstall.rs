@@ -6,11 +6,12 @@ use crate::{
     error::Error, layout::Pins, object::CGROUP_HOOKS, pods::remove_link, redirect::remove_directory,
 };
 
-/// Removes every link, program and map pinned for `node`. Nothing pinned is no error.
+/// Removes every link, program and map pinned for `node`, those around the tunnel too. Nothing pinned is no error.
 ///
 /// # Errors
 /// Names what could not be removed; a second call goes on where this one ended.
 pub fn uninstall(bpffs: &Path, node: &str) -> Result<(), Error> {
+    crate::tunnel::uninstall(bpffs, node)?;
     let pins = Pins::new(bpffs, node)?;
     if !pins.root.exists() {
         return Ok(());

@@ -91,7 +91,7 @@ pub(crate) struct Bpffs {
 }
 
 impl Bpffs {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         nix::mount::mount(
             Some("bpf"),
