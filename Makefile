@@ -1,6 +1,7 @@
 # What can be done with this repository. It is built with the profile "release"; what ships, and so what the benchmarks
 # measure, is sockmesh-node built from the same source with the profile "dist" (link-time optimisation).
 #   make demo ARGS="--hold"      arguments for the program behind a target
+#   make bench TUNNEL_ARGS=...   arguments for the part of the benchmark about the tunnel between nodes
 
 SHELL := /bin/bash
 CARGO_TARGET_DIR ?= $(CURDIR)/target
@@ -21,10 +22,12 @@ demo: build ## shows the mesh at work: two nodes, a web service, a database, fai
 test: ## style, crates, every test and scenario
 	scripts/test.sh
 
-bench: build dist ## measures against direct connections and a pair of Envoys
+bench: build dist ## measures against direct connections, a pair of Envoys and wireguard-go
 	@scripts/install-deps.sh run
 	@scripts/install-bench-deps.sh
+	-@scripts/build-wireguard-go.sh
 	$(SUDO) $(BIN)/bench --node $(CARGO_TARGET_DIR)/dist/sockmesh-node $(ARGS)
+	$(SUDO) $(BIN)/bench-tunnel $(TUNNEL_ARGS)
 
 scale: build dist ## measures the controller with up to 30,000 pods and 100 nodes, and what a node keeps of them
 	@scripts/install-deps.sh run

@@ -90,6 +90,15 @@ cluster_story() {
     printf 'test all ... ignored, skipped: %s\ntest result: ok. 0 passed; 0 failed; 1 ignored\n' "$why"
 }
 
+# For the tests of the tunnel between nodes; those that need it are skipped without.
+wireguard_go() {
+    if ! command -v go >/dev/null; then
+        echo "skipped: building wireguard-go: there is no Go (https://go.dev/dl)" | tee -a "$output"
+    else
+        scripts/build-wireguard-go.sh || echo "skipped: building wireguard-go: it failed, see above" | tee -a "$output"
+    fi
+}
+
 logged() { "$@" 2>&1 | tee -a "$output"; }
 
 must "tools and programs" scripts/install-deps.sh build run check
@@ -100,6 +109,7 @@ stage "crates: licences, sources, bans" scripts/check-crates.sh
 must "build" cargo build --release --locked --workspace
 stage "documentation" scripts/check-docs.sh
 stage "API server and Helm" kubernetes_programs
+stage "wireguard-go" wireguard_go
 stage "Helm chart" logged charts/test/run
 # Both stages select the whole workspace, or crates would be built again with other features of what they depend on.
 stage "unit and integration tests" run_tests --workspace -- --include-ignored --skip scenarios::

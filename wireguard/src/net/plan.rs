@@ -1,0 +1,347 @@
+//! What the kernel should hold, as pure data made from pure data.
+//!
+//! Our rules, in the order in which the kernel asks them (`priority` + n), for each family that has pods:
+//!
+//! | n | rule | why |
+//! |---|---|---|
+//! | 0 | from the node itself, UDP source port of the tunnel: skip | the tunnel's own datagrams must not enter it |
+//! | 1 | TCP destination or source port 15008: skip | the mesh's mutual TLS is encrypted already |
+//! | 2 | bootstrap destinations and sources: skip | only when the node's own traffic goes inside |
+//! | 3 | from the pods of this node: our table | |
+//! | 4 | from the node itself: our table | only when the node's own traffic goes inside |
+//! | 9 | nothing: where "skip" continues | rules of others after ours still hold |
+//!
+//! Our table has no default: what it does not know goes on to the next rule.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::RangeInclusive,
+};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    mtu,
+    settings::{FALLBACK_METRIC, NodeTraffic, Settings, TUNNEL_METRIC, WithoutDevice},
+};
+
+/// IPv4 or IPv6.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Of an address.
+    #[must_use]
+    pub fn of(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+
+    /// Of a network.
+    #[must_use]
+    pub fn of_net(net: &IpNet) -> Self {
+        Self::of(net.addr())
+    }
+}
+
+/// Transport protocol of a rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// What a rule is about; what is not said matches everything.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Match {
+    pub(crate) from: Option<IpNet>,
+    pub(crate) to: Option<IpNet>,
+    pub(crate) transport: Option<Transport>,
+    pub(crate) source_ports: Option<(u16, u16)>,
+    pub(crate) destination_ports: Option<(u16, u16)>,
+    /// Only packets that a process of this network namespace sends.
+    pub(crate) from_here: bool,
+}
+
+/// What a rule does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Action {
+    /// Asks a table.
+    Table(u32),
+    /// Goes on at a later priority.
+    Skip(u32),
+    /// Nothing: a place to go on at.
+    Nothing,
+}
+
+/// One policy rule.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Rule {
+    pub(crate) family: Family,
+    pub(crate) priority: u32,
+    pub(crate) matches: Match,
+    pub(crate) action: Action,
+}
+
+/// Where a route of our table leads.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Target {
+    /// Through a tunnel device.
+    Device {
+        name: String,
+        /// Largest packet, in bytes.
+        mtu: u16,
+        /// Holds for forwarded IPv6 packets too, for which the kernel else asks the device alone; packets of the node itself
+        /// learn of no smaller one behind the tunnel then.
+        locked: bool,
+        /// TCP's maximum segment where it does not follow from `mtu`.
+        advmss: Option<u16>,
+        /// Source address of the node's own packets.
+        source: Option<IpAddr>,
+    },
+    /// On to the next rule.
+    Throw,
+    /// Refused.
+    Unreachable,
+}
+
+/// One route of our table. Two of them with the same `destination` and `metric` cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Route {
+    pub(crate) destination: IpNet,
+    pub(crate) metric: u32,
+    pub(crate) target: Target,
+}
+
+/// All that should be there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Desired {
+    pub(crate) rules: BTreeSet<Rule>,
+    pub(crate) routes: BTreeSet<Route>,
+    /// Device and address of it.
+    pub(crate) addresses: BTreeSet<(String, IpAddr)>,
+}
+
+/// This node as others see it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalNode {
+    /// Ranges that the pods of this node have their addresses from, or the addresses themselves.
+    pub pod_ranges: Vec<IpNet>,
+    /// Addresses of the node.
+    pub node_addresses: Vec<IpAddr>,
+}
+
+/// A device of the tunnel on this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelDevice {
+    /// Its name.
+    pub name: String,
+    /// Largest packet that it should take, in bytes; see [`super::mtu`].
+    pub mtu: u16,
+}
+
+/// How another node is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerRoute {
+    /// Name of the node.
+    pub name: String,
+    /// Device that leads to it, as the tunnel says.
+    pub device: String,
+    /// Ranges or single addresses of its pods.
+    pub pod_ranges: Vec<IpNet>,
+    /// Addresses of the node itself.
+    pub node_addresses: Vec<IpAddr>,
+    /// Largest packet known to reach it through the tunnel, in bytes, when that is less than the device's.
+    pub usable_mtu: Option<u16>,
+}
+
+/// All that routing depends on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inputs {
+    /// This node.
+    pub local: LocalNode,
+    /// The tunnel's devices.
+    pub devices: Vec<TunnelDevice>,
+    /// The other nodes that have a tunnel to this one.
+    pub peers: Vec<PeerRoute>,
+}
+
+/// A range of a peer that is not routed, because it would take packets that are not that peer's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// Name of the peer.
+    pub peer: String,
+    /// What it claims.
+    pub range: IpNet,
+    /// Why it is not routed, and what to do.
+    pub reason: String,
+}
+
+/// The desired state, and what was left out of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) desired: Desired,
+    pub(crate) refused: Vec<Refused>,
+    /// Ranges that a peer has.
+    taken: HashSet<IpNet>,
+}
+
+/// Number of the last of our rules, where "skip" goes on.
+const END: u32 = 9;
+
+/// Makes the plan. `own_addresses` are all addresses of the node's other devices.
+pub(crate) fn plan(settings: &Settings, inputs: &Inputs, own_addresses: &[IpAddr]) -> Plan {
+    let mut plan = Plan::default();
+    let local_ranges = IpNet::aggregate(&inputs.local.pod_ranges);
+    for peer in &inputs.peers {
+        add_peer(&mut plan, settings, inputs, &local_ranges, peer);
+    }
+    // Whatever a peer claims, packets for this node's own pods and for the node stay here.
+    let own_nodes = inputs.local.node_addresses.iter().map(|address| IpNet::from(*address));
+    for destination in local_ranges.iter().copied().chain(own_nodes) {
+        plan.desired.routes.insert(Route { destination, metric: TUNNEL_METRIC, target: Target::Throw });
+    }
+    for family in [Family::V4, Family::V6] {
+        let sources: Vec<IpNet> =
+            local_ranges.iter().filter(|range| Family::of_net(range) == family).copied().collect();
+        let is_inside = settings.node_traffic == NodeTraffic::Inside
+            && inputs.local.node_addresses.iter().any(|address| Family::of(*address) == family);
+        if !sources.is_empty() || is_inside {
+            plan.desired.rules.extend(rules(settings, inputs, family, &sources, is_inside));
+        }
+    }
+    // Masquerading CNIs give packets the address of the device that they leave by: with one from the pods' own range,
+    // answers come back through the tunnel.
+    for address in
+        own_addresses.iter().filter(|address| local_ranges.iter().any(|range| range.contains(*address)))
+    {
+        for device in &inputs.devices {
+            plan.desired.addresses.insert((device.name.clone(), *address));
+        }
+    }
+    plan
+}
+
+fn add_peer(plan: &mut Plan, settings: &Settings, inputs: &Inputs, local_ranges: &[IpNet], peer: &PeerRoute) {
+    let Some(device) = inputs.devices.iter().find(|device| device.name == peer.device) else {
+        let reason = format!("the tunnel has no device {} on this node", peer.device);
+        let refuse =
+            |range: &IpNet| Refused { peer: peer.name.clone(), range: *range, reason: reason.clone() };
+        plan.refused.extend(peer.pod_ranges.iter().map(refuse));
+        return;
+    };
+    let usable = peer.usable_mtu.map_or(device.mtu, |usable| usable.min(device.mtu));
+    let own = |family: Family| {
+        inputs.local.node_addresses.iter().copied().find(|address| Family::of(*address) == family)
+    };
+    let is_inside = settings.node_traffic == NodeTraffic::Inside;
+    let node_ranges = peer.node_addresses.iter().filter(|_| is_inside).map(|address| IpNet::from(*address));
+    for range in peer.pod_ranges.iter().copied().chain(node_ranges) {
+        let range = range.trunc();
+        if let Some(reason) = refusal(plan, inputs, local_ranges, &range) {
+            plan.refused.push(Refused { peer: peer.name.clone(), range, reason });
+            continue;
+        }
+        let family = Family::of_net(&range);
+        let (mtu, advmss) = mtu::of_route(family, usable);
+        let source = if is_inside { own(family) } else { None };
+        let locked = family == Family::V6 && mtu < device.mtu;
+        let target = Target::Device { name: device.name.clone(), mtu, locked, advmss, source };
+        plan.desired.routes.insert(Route { destination: range, metric: TUNNEL_METRIC, target });
+        plan.taken.insert(range);
+        if settings.without_device == WithoutDevice::Refuse {
+            let target = Target::Unreachable;
+            plan.desired.routes.insert(Route { destination: range, metric: FALLBACK_METRIC, target });
+        }
+    }
+}
+
+/// Why a peer may not have this range.
+fn refusal(plan: &Plan, inputs: &Inputs, local_ranges: &[IpNet], range: &IpNet) -> Option<String> {
+    if local_ranges.iter().any(|local| local.contains(range)) {
+        return Some(
+            "it lies in a pod range of this node; two nodes have the same range, give one another".to_owned(),
+        );
+    }
+    if let Some(own) = inputs.local.node_addresses.iter().find(|own| IpNet::from(**own) == *range) {
+        return Some(format!("{own} is this node's own address"));
+    }
+    if reserved().iter().any(|reserved| reserved.contains(range) || range.prefix_len() == 0) {
+        return Some("no pod can have such an address".to_owned());
+    }
+    if plan.taken.contains(range) {
+        return Some(
+            "another node has it already; two nodes have the same range, give one another".to_owned(),
+        );
+    }
+    None
+}
+
+/// Loopback, link-local and multicast (RFC 6890, RFC 5771, RFC 4291).
+fn reserved() -> [IpNet; 6] {
+    let v4 = |a, b, len| IpNet::new_assert(Ipv4Addr::new(a, b, 0, 0).into(), len);
+    let v6 = |first, len| IpNet::new_assert(Ipv6Addr::new(first, 0, 0, 0, 0, 0, 0, 0).into(), len);
+    [
+        v4(127, 0, 8),
+        v4(169, 254, 16),
+        v4(224, 0, 4),
+        IpNet::new_assert(Ipv6Addr::LOCALHOST.into(), 128),
+        v6(0xfe80, 10),
+        v6(0xff00, 8),
+    ]
+}
+
+fn rules(
+    settings: &Settings,
+    inputs: &Inputs,
+    family: Family,
+    sources: &[IpNet],
+    is_inside: bool,
+) -> BTreeSet<Rule> {
+    let mut rules = BTreeSet::new();
+    let mut add = |number: u32, action: Action, matches: Match| {
+        rules.insert(Rule { family, priority: settings.priority + number, matches, action });
+    };
+    let skip = Action::Skip(settings.priority + END);
+    let ask = Action::Table(settings.table);
+    let ports: RangeInclusive<u16> = settings.port..=settings.port.saturating_add(3);
+    let ports = Some((*ports.start(), *ports.end()));
+    add(
+        0,
+        skip,
+        Match { transport: Some(Transport::Udp), source_ports: ports, from_here: true, ..Match::default() },
+    );
+    if !settings.include_mesh {
+        let mesh = Some((settings.mesh_port, settings.mesh_port));
+        let tcp = Match { transport: Some(Transport::Tcp), ..Match::default() };
+        add(1, skip, Match { destination_ports: mesh, ..tcp.clone() });
+        add(1, skip, Match { source_ports: mesh, ..tcp });
+    }
+    if is_inside {
+        for endpoint in settings.bootstrap.iter().filter(|endpoint| Family::of(endpoint.ip()) == family) {
+            let (net, port) = (Some(IpNet::from(endpoint.ip())), Some((endpoint.port(), endpoint.port())));
+            let tcp = Match { transport: Some(Transport::Tcp), ..Match::default() };
+            add(2, skip, Match { to: net, destination_ports: port, ..tcp.clone() });
+            // On the node that the endpoint is on: its answers.
+            if inputs.local.node_addresses.contains(&endpoint.ip()) {
+                add(2, skip, Match { from: net, source_ports: port, ..tcp });
+            }
+        }
+        add(4, ask, Match { from_here: true, ..Match::default() });
+    }
+    for source in sources {
+        add(3, ask, Match { from: Some(*source), ..Match::default() });
+    }
+    add(END, Action::Nothing, Match::default());
+    rules
+}

@@ -1,0 +1,197 @@
+//! The kernel's own WireGuard behind the same interface, beside our user-space device and beside itself.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod net;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use net::exchange::{deliver, echo, stream, udp};
+use net::{MTU, Namespace, Node, Switch, outer4, pod4, pod6, until};
+use wireguard::device::kernel::{KernelDevice, Settings};
+use wireguard::device::{Mode, OwnKey, PeerKey, PeerNode, PrivateKey, Tunnel, kernel_has_wireguard};
+
+/// Returns from the test, saying why, where the kernel cannot take part.
+macro_rules! require_kernel_wireguard {
+    () => {
+        require_network!();
+        if !kernel_has_wireguard() {
+            println!("skipped: this kernel has no WireGuard");
+            return;
+        }
+    };
+}
+
+/// A node whose tunnel is the kernel's.
+struct KernelNode {
+    ns: Namespace,
+    number: u8,
+    device: KernelDevice,
+    keys: Vec<OwnKey>,
+    others: Vec<u8>,
+}
+
+impl KernelNode {
+    fn new(switch: &Switch, number: u8, others: &[u8]) -> Self {
+        let ns = Namespace::new();
+        switch.plug(&ns, number);
+        let settings =
+            Settings { interface: "wgk".to_owned(), port: 51_871, mtu: MTU.into(), ..Settings::default() };
+        let device = ns.enter(|| KernelDevice::new(settings)).unwrap();
+        ns.ip(&format!("addr add {}/32 dev lo", pod4(number)));
+        ns.ip(&format!("addr add {}/128 dev lo nodad", pod6(number)));
+        let keys = vec![OwnKey { generation: 0, private: PrivateKey::generate().unwrap() }];
+        Self { ns, number, device, keys, others: others.to_vec() }
+    }
+
+    fn announced(&self) -> PeerNode {
+        let keys = self.keys.iter().map(|own| PeerKey {
+            generation: own.generation,
+            public: own.private.public(),
+            addresses: vec![outer4(self.number)],
+            ports: self.device.ports(own.generation),
+        });
+        PeerNode {
+            name: format!("node-{}", self.number),
+            keys: keys.collect(),
+            allowed_ips: vec![
+                format!("10.{}.0.0/16", self.number).parse().unwrap(),
+                format!("fd00:{:x}::/32", self.number).parse().unwrap(),
+            ],
+        }
+    }
+
+    fn knows(&self, peers: Vec<PeerNode>) {
+        assert_eq!(self.device.apply(self.keys.clone(), peers).unwrap(), []);
+        self.follow();
+    }
+
+    /// Routes to the others' pods as the device says.
+    fn follow(&self) {
+        for other in &self.others {
+            if let Some(interface) = self.device.routes_via(&format!("node-{other}")) {
+                self.ns.ip(&format!(
+                    "route replace 10.{other}.0.0/16 dev {interface} src {}",
+                    pod4(self.number)
+                ));
+                self.ns.ip(&format!(
+                    "-6 route replace fd00:{other:x}::/32 dev {interface} src {}",
+                    pod6(self.number)
+                ));
+            }
+        }
+    }
+
+    fn sending(&self, peer: &str) -> Option<(u64, u64)> {
+        let status = self.device.status();
+        let key = status.peers[peer].keys.iter().find(|key| key.sending)?;
+        Some((key.own_generation, key.generation))
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn the_kernels_wireguard_and_ours_understand_each_other() {
+    require_kernel_wireguard!();
+    let switch = Switch::new();
+    let (kernel, ours) = (KernelNode::new(&switch, 1, &[2]), Node::new(&switch, 2, &[1]));
+    kernel.knows(vec![ours.announced()]);
+    ours.knows(vec![kernel.announced()]);
+    let (one, other) = (udp(&kernel.ns, pod4(1)), udp(&ours.ns, pod4(2)));
+    for size in [0, 1, 64, 1392, 1393, 20_000] {
+        let payload = vec![size as u8; size];
+        deliver(&one, &other, &payload);
+        deliver(&other, &one, &payload);
+    }
+    stream(&kernel.ns, &ours.ns, pod4(2), 4 << 20);
+    stream(&ours.ns, &kernel.ns, pod6(1), 4 << 20);
+    echo(&ours.ns, pod4(1), 3000);
+    let status = kernel.device.status();
+    assert_eq!((status.mode, status.interfaces), (Mode::Kernel, vec!["wgk0".to_owned()]));
+    assert!(status.peers["node-2"].keys[0].handshake_age.is_some());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn the_kernel_rotates_in_the_midst_of_streams_with_ours_and_with_itself() {
+    require_kernel_wireguard!();
+    let switch = Switch::new();
+    let mut a = KernelNode::new(&switch, 1, &[2, 3]);
+    let (b, c) = (KernelNode::new(&switch, 2, &[1]), Node::new(&switch, 3, &[1]));
+    a.knows(vec![b.announced(), c.announced()]);
+    b.knows(vec![a.announced()]);
+    c.knows(vec![a.announced()]);
+    deliver(&udp(&a.ns, pod4(1)), &udp(&b.ns, pod4(2)), b"first");
+    deliver(&udp(&a.ns, pod4(1)), &udp(&c.ns, pod4(3)), b"first");
+    let rotating = AtomicBool::new(true);
+    let listener = b.ns.enter(|| TcpListener::bind((pod4(2), 0))).unwrap();
+    let target = listener.local_addr().unwrap();
+    let mut one = a.ns.enter(|| TcpStream::connect(target)).unwrap();
+    let (mut other, _) = listener.accept().unwrap();
+    std::thread::scope(|scope| {
+        let rotating = &rotating;
+        let sender = scope.spawn(move || {
+            let mut sent = 0;
+            while rotating.load(Ordering::SeqCst) {
+                one.write_all(&[7; 16_384]).unwrap();
+                sent += 16_384;
+            }
+            sent
+        });
+        let receiver = scope.spawn(move || {
+            let mut all = Vec::new();
+            other.read_to_end(&mut all).unwrap();
+            all.len()
+        });
+        for generation in 1..=6 {
+            a.keys.insert(0, OwnKey { generation, private: PrivateKey::generate().unwrap() });
+            b.knows(vec![a.announced()]);
+            c.knows(vec![a.announced()]);
+            a.knows(vec![b.announced(), c.announced()]);
+            until("the next key's use", || {
+                a.follow();
+                b.follow();
+                deliver(&udp(&a.ns, pod4(1)), &udp(&c.ns, pod4(3)), b"over either");
+                let used = ["node-2", "node-3"].map(|node| a.sending(node));
+                (used == [Some((generation, 0)); 2] && b.sending("node-1") == Some((0, generation)))
+                    .then_some(())
+            });
+            a.keys.pop();
+            b.knows(vec![a.announced()]);
+            c.knows(vec![a.announced()]);
+            a.knows(vec![b.announced(), c.announced()]);
+        }
+        rotating.store(false, Ordering::SeqCst);
+        assert_eq!(sender.join().unwrap(), receiver.join().unwrap());
+    });
+    assert_eq!(a.device.status().interfaces, ["wgk0"]);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_session_outlives_the_process_and_a_node_taken_out_does_not() {
+    require_kernel_wireguard!();
+    let switch = Switch::new();
+    let (mut a, b) = (KernelNode::new(&switch, 1, &[2]), Node::new(&switch, 2, &[1]));
+    a.knows(vec![b.announced()]);
+    b.knows(vec![a.announced()]);
+    let (one, other) = (udp(&a.ns, pod4(1)), udp(&b.ns, pod4(2)));
+    deliver(&one, &other, b"before");
+    let handshakes = || b.status().peers["node-1"].keys[0].handshakes;
+    let before = handshakes();
+    // The next process knows no more than its keys and its peers.
+    let settings = Settings { interface: "wgk".to_owned(), mtu: MTU.into(), ..Settings::default() };
+    a.device = a.ns.enter(|| KernelDevice::new(settings)).unwrap();
+    a.knows(vec![b.announced()]);
+    deliver(&one, &other, b"after");
+    deliver(&other, &one, b"after");
+    assert_eq!(handshakes(), before);
+    a.knows(vec![]);
+    assert_eq!(a.device.status().interfaces, [""; 0]);
+    assert_eq!(a.device.routes_via("node-2"), None);
+    a.knows(vec![b.announced()]);
+    deliver(&one, &other, b"back");
+    a.device.remove().unwrap();
+    assert!(!a.ns.ip("link show").contains("wgk"));
+}
