@@ -15,15 +15,21 @@ pub enum Role {
     Worker,
     /// Holds the pods' keys.
     Keyd,
+    /// Encrypts what goes between nodes outside of mutual TLS.
+    Tunnel,
 }
 
 impl Role {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Worker, Self::Keyd, Self::Tunnel];
+
     /// Subcommand and name in messages.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Worker => "worker",
             Self::Keyd => "keyd",
+            Self::Tunnel => "tunnel",
         }
     }
 
@@ -33,6 +39,7 @@ impl Role {
         match self {
             Self::Worker => Filter::Worker,
             Self::Keyd => Filter::Keyd,
+            Self::Tunnel => Filter::Tunnel,
         }
     }
 }
@@ -94,10 +101,9 @@ impl ChildArguments {
     /// # Errors
     /// When it names one, and the rest is not what [`Self::to_words`] makes.
     pub fn read(words: &[OsString]) -> Result<Option<Self>, NotFromAgent> {
-        let role = match words.first().and_then(|word| word.to_str()) {
-            Some("worker") => Role::Worker,
-            Some("keyd") => Role::Keyd,
-            _ => return Ok(None),
+        let first = words.first().and_then(|word| word.to_str());
+        let Some(role) = Role::ALL.into_iter().find(|role| Some(role.name()) == first) else {
+            return Ok(None);
         };
         Self::rest(role, &words[1..]).map(Some).ok_or_else(|| NotFromAgent(words.to_vec(), role.name()))
     }
@@ -127,7 +133,7 @@ mod tests {
 
     #[test]
     fn what_the_agent_writes_is_what_the_process_reads() {
-        for role in [Role::Worker, Role::Keyd] {
+        for role in Role::ALL {
             for seccomp in [SeccompMode::Kill, SeccompMode::Log] {
                 let arguments = arguments(role, seccomp);
                 let words = arguments.to_words().map(OsString::from);

@@ -5,6 +5,7 @@
 //! the worker, as JSON in its Hello.
 
 pub mod schema;
+mod wireguard;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use schema::{Described, Problems, Setting, choice, settings};
+pub use wireguard::{StrictMode, WireguardSettings};
 
 const fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
@@ -37,6 +39,8 @@ settings! {
         processes: ProcessSettings;
         /// What the workers are told.
         worker: WorkerSettings;
+        /// The tunnel between nodes.
+        wireguard: WireguardSettings;
     }
 }
 
@@ -129,6 +133,8 @@ settings! {
         worker_uid: u32 = 65532, "uid", 1 => u32::MAX - 1;
         /// User and group of keyd.
         keyd_uid: u32 = 65533, "uid", 1 => u32::MAX - 1;
+        /// User and group of the tunnel's process.
+        tunnel_uid: u32 = 65531, "uid", 1 => u32::MAX - 1;
         /// Shortest pause before a process that keeps dying is started again; the first restart is at once.
         respawn_min: Duration = millis(50), "duration", millis(1) => secs(10);
         /// Longest pause before a process that keeps dying is started again.
@@ -406,6 +412,13 @@ impl NodeConfig {
                 "is the worker's uid too; keys are only apart from the worker when the users are",
             );
         }
+        if [self.processes.worker_uid, self.processes.keyd_uid].contains(&self.processes.tunnel_uid) {
+            problems.add(
+                "processes.tunnel_uid",
+                "is another process's uid too; the tunnel's keys are then not apart from it",
+            );
+        }
+        self.wireguard.check(problems);
         if self.processes.respawn_min > self.processes.respawn_max {
             problems.add("processes.respawn_min", "is longer than processes.respawn_max");
         }

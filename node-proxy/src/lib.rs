@@ -1,4 +1,4 @@
-//! The node's proxy: the library behind the processes `agent`, `worker` and `keyd`.
+//! The node's proxy: the library behind the processes `agent`, `worker`, `keyd` and `tunnel`.
 
 pub mod agent;
 pub mod child;
@@ -7,4 +7,5 @@ pub mod ipc;
 pub mod keyd;
 pub mod sys;
 pub mod tls;
+pub mod tunnel;
 pub mod worker;

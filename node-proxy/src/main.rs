@@ -12,7 +12,7 @@ use node_proxy::agent::{self, Reply, Request};
 use node_proxy::child::{ChildArguments, LogArguments, Role};
 use node_proxy::config::{NodeConfig, NodeSettings};
 use node_proxy::sys::rights::{self, Rights};
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 
@@ -64,6 +64,8 @@ enum Command {
     Ready(ReadyArgs),
     /// Shows the processes, the controller, enrolled pods and redirection counters of this node.
     Status(StatusArgs),
+    /// Changes the keys of the node's tunnel without losing a packet.
+    RotateTunnel(RotateTunnelArgs),
     /// Ends agent, worker and keyd and removes every pin, socket and file of the mesh from this node.
     Uninstall(NodeArgs),
 }
@@ -220,6 +222,13 @@ struct StatusArgs {
     output: Output,
 }
 
+#[derive(Args)]
+struct RotateTunnelArgs {
+    /// Directory of the agent's sockets.
+    #[arg(long, value_name = "DIR", default_value_os_t = default_run_dir())]
+    run_dir: PathBuf,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Output {
     Text,
@@ -237,7 +246,12 @@ fn name_and_value(text: &str) -> Result<(String, String), String> {
 
 fn start_log(log: &LogArguments) -> anyhow::Result<()> {
     let level = &log.level;
-    let filter: Targets = level.parse().with_context(|| format!("--log-level {level:?} is not a filter"))?;
+    let mut filter: Targets =
+        level.parse().with_context(|| format!("--log-level {level:?} is not a filter"))?;
+    // To the tunnel's protocol a node that is silent for some minutes is an error. What it knows is in the tunnel's status.
+    if !level.contains("boringtun") {
+        filter = filter.with_target("boringtun", LevelFilter::OFF);
+    }
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     let lines = match LogFormat::from_str(&log.format, false) {
         Ok(LogFormat::Text) => lines.boxed(),
@@ -276,6 +290,7 @@ fn run_child(arguments: &ChildArguments) -> anyhow::Result<()> {
         Role::Keyd => {
             Ok(node_proxy::keyd::serve(&UnixListener::from(control), node_proxy::keyd::Settings::default())?)
         }
+        Role::Tunnel => Ok(node_proxy::tunnel::serve(&UnixListener::from(control))?),
     }
 }
 
@@ -335,6 +350,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             }
         }
         Command::Status(args) => ask(args.run_dir, Request::Status, args.output),
+        Command::RotateTunnel(args) => ask(args.run_dir, Request::RotateTunnel, Output::Text),
         Command::Uninstall(args) => {
             let config = args.load(Vec::new())?;
             runtime()?.block_on(agent::uninstall(&config))?;

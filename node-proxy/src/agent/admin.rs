@@ -1,4 +1,4 @@
-//! What operators and Prometheus read over HTTP: `/metrics`, `/healthz/ready`, `/debug/config`. GET only, nothing here
+//! What operators and Prometheus read over HTTP: `/metrics`, `/healthz/ready`, `/debug/config`, `/debug/tunnel`. GET only, nothing here
 //! changes anything.
 
 use std::net::SocketAddr;
@@ -125,7 +125,14 @@ async fn answer(agent: &Agent, request: &Request<Incoming>) -> Result<Response<F
             });
             page(StatusCode::OK, "application/json", format!("{document:#}\n"))
         }
-        _ => page(StatusCode::NOT_FOUND, TEXT, "here are /metrics, /healthz/ready and /debug/config\n"),
+        "/debug/tunnel" => {
+            page(StatusCode::OK, "application/json", format!("{:#}\n", json!(agent.tunnel.report())))
+        }
+        _ => page(
+            StatusCode::NOT_FOUND,
+            TEXT,
+            "here are /metrics, /healthz/ready, /debug/config and /debug/tunnel\n",
+        ),
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use mesh_api::client::KnownVersion;
 use mesh_api::codec::{DecodeError, RESOURCE_TYPES, TRUST_NAME};
-use mesh_api::model::{NODE_TUNNEL_TYPE, Resource, Service, Trust, Workload};
+use mesh_api::model::{NODE_TUNNEL_TYPE, NodeTunnel, Resource, Service, Trust, Workload};
 
 use crate::ipc::proto;
 
@@ -72,6 +72,16 @@ struct Count {
     enrolled: usize,
 }
 
+/// A pod of another node, as far as the tunnel's strict mode goes.
+#[derive(Debug)]
+pub(super) struct Elsewhere {
+    pub(super) node: Arc<str>,
+    pub(super) addresses: Vec<IpAddr>,
+    /// `namespace/name`, if nothing of it may cross between nodes in clear text.
+    pub(super) encrypted_only: Option<String>,
+    pub(super) enrolled: bool,
+}
+
 /// The state.
 #[derive(Debug, Default)]
 pub(super) struct Mesh {
@@ -87,6 +97,9 @@ pub(super) struct Mesh {
     /// The same counted by namespace.
     namespaces: BTreeMap<Arc<str>, Count>,
     trust: Option<Arc<Trust>>,
+    tunnels: BTreeMap<Arc<str>, Arc<NodeTunnel>>,
+    /// Pods of other nodes, if somebody wants to know.
+    elsewhere: Option<BTreeMap<Arc<str>, Elsewhere>>,
     refused: BTreeMap<String, Vec<(IpAddr, u16)>>,
     /// Type URLs whose whole state is known.
     complete: BTreeSet<&'static str>,
@@ -109,10 +122,32 @@ fn unserved(service: &Service) -> Vec<(IpAddr, u16)> {
         .collect()
 }
 
+impl Elsewhere {
+    fn new(workload: &Workload) -> Self {
+        let name = || format!("{}/{}", workload.namespace, workload.name);
+        Self {
+            node: Arc::clone(&workload.node),
+            addresses: workload.addresses.clone(),
+            encrypted_only: workload.encrypted_only.then(name),
+            enrolled: workload.enrolled,
+        }
+    }
+}
+
 impl Mesh {
     /// An empty state of the node of this name.
     pub(super) fn new(node: String) -> Self {
         Self { node, ..Self::default() }
+    }
+
+    /// Keeps pods of other nodes, too: some hundred bytes for each.
+    pub(super) fn look_elsewhere(&mut self) {
+        self.elsewhere = Some(BTreeMap::new());
+    }
+
+    /// Pods of other nodes; none unless they are kept.
+    pub(super) fn elsewhere(&self) -> impl Iterator<Item = &Elsewhere> {
+        self.elsewhere.iter().flat_map(BTreeMap::values)
     }
 
     /// Whether all that there is to know was heard once. Before that no worker gets a configuration: one that knew the
@@ -183,6 +218,16 @@ impl Mesh {
         self.trust.as_ref()
     }
 
+    /// The nodes' tunnels, this node's among them.
+    pub(super) fn tunnels(&self) -> Vec<Arc<NodeTunnel>> {
+        self.tunnels.values().cloned().collect()
+    }
+
+    /// The tunnel of one node.
+    pub(super) fn tunnel(&self, node: &str) -> Option<&Arc<NodeTunnel>> {
+        self.tunnels.get(node)
+    }
+
     /// Service addresses that refuse at once.
     pub(super) fn refused(&self) -> Vec<(IpAddr, u16)> {
         self.refused.values().flatten().copied().collect()
@@ -207,9 +252,11 @@ impl Mesh {
                 match type_url {
                     mesh_api::model::WORKLOAD_TYPE => {
                         self.local.remove(name.as_str());
+                        self.elsewhere.as_mut().and_then(|pods| pods.remove(name.as_str()));
                         self.count(&name.as_str().into(), None);
                     }
                     mesh_api::model::SERVICE_TYPE => drop(self.refused.remove(&name)),
+                    NODE_TUNNEL_TYPE => drop(self.tunnels.remove(name.as_str())),
                     _ if name == TRUST_NAME => self.trust = None,
                     _ => {}
                 }
@@ -220,6 +267,13 @@ impl Mesh {
     fn index(&mut self, name: &str, resource: &Resource) {
         if let Resource::Workload(w) = resource {
             self.count(&w.uid, (!w.host_network).then(|| (Arc::clone(&w.namespace), w.enrolled)));
+            if let Some(elsewhere) = &mut self.elsewhere {
+                if w.host_network || *w.node == *self.node {
+                    elsewhere.remove(&w.uid);
+                } else {
+                    elsewhere.insert(Arc::clone(&w.uid), Elsewhere::new(w));
+                }
+            }
         }
         match resource {
             Resource::Workload(w) if *w.node == *self.node => {
@@ -235,7 +289,9 @@ impl Mesh {
                 }
             }
             Resource::Trust(t) => self.trust = Some(Arc::new(t.clone())),
-            Resource::NodeTunnel(_) => {}
+            Resource::NodeTunnel(t) => {
+                self.tunnels.insert(Arc::clone(&t.node), Arc::new(t.clone()));
+            }
             // The worker's to know.
             Resource::Denied(_) => {}
         }

@@ -62,12 +62,12 @@ pub(super) fn merge(texts: &[&str]) -> String {
     page
 }
 
-fn family(text: &mut String, name: &str, kind: &str, help: &str) {
+pub(super) fn family(text: &mut String, name: &str, kind: &str, help: &str) {
     // Writing to a String cannot fail.
     let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
 }
 
-fn escape(value: &str) -> String {
+pub(super) fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
@@ -245,6 +245,8 @@ pub(super) async fn own(agent: &Agent) -> String {
             }
         }
     }
+    let restarts = agent.tunnel.restarts.load(Relaxed);
+    t.push_str(&super::tunnel::metrics(agent.tunnel.report().as_ref(), restarts));
     family(t, "sockmesh_build_info", "gauge", "Version of the agent.");
     let _ = writeln!(t, "sockmesh_build_info{{version=\"{}\"}} 1", escape(&status.version));
     text

@@ -8,6 +8,7 @@
 //! * [`cni`] has new pods enrolled before their first instruction;
 //! * [`takeover`] hands the node over from one agent to the next, [`kernel`] is what only the one in charge holds;
 //! * [`worker`] and [`keyd`] keep the two processes below alive ([`process`]) and talk to them;
+//! * [`tunnel`] keeps the tunnel that carries between nodes what mutual TLS does not;
 //! * [`requests`] answers the command line, [`admin`] answers operators ([`metrics`], [`status`]);
 //! * [`uninstall`] removes every trace.
 //!
@@ -40,6 +41,7 @@ mod requests;
 mod rights;
 mod status;
 mod takeover;
+mod tunnel;
 mod uninstall;
 mod worker;
 
@@ -58,10 +60,11 @@ pub use reconcile::WaitingPod;
 pub use requests::{Reply, Request, ask, converse_at, own_socket};
 pub use status::{NotCovered, PodStatus, StatusDocument};
 pub use takeover::{Offer, Successor};
+pub use tunnel::TunnelReport;
 pub use uninstall::{stop, uninstall};
 
 use crate::child::LogArguments;
-use crate::config::NodeConfig;
+use crate::config::{NodeConfig, StrictMode};
 use controller::Controller;
 use disk::Disk;
 use kernel::Kernel;
@@ -125,6 +128,7 @@ struct Agent {
     keyd: watch::Receiver<Option<Arc<KeydClient>>>,
     controller: Controller,
     issuer: issuer::Issuer,
+    tunnel: tunnel::Tunnel,
     counters: Counters,
 }
 
@@ -145,14 +149,14 @@ struct ToStart {
 
 /// What runs below an agent, and what keeps it supplied: in every phase.
 struct Below {
-    /// Ends when the worker has drained.
-    worker: JoinHandle<()>,
+    /// Ends when the worker has drained, and nobody sends to the tunnel.
+    draining: JoinHandle<()>,
     tasks: Vec<AbortOnDrop>,
 }
 
 impl Drop for Below {
     fn drop(&mut self) {
-        self.worker.abort();
+        self.draining.abort();
     }
 }
 
@@ -166,7 +170,12 @@ impl ToStart {
             AbortOnDrop(tokio::spawn(controller::receive(Arc::clone(agent)))),
             AbortOnDrop(tokio::spawn(issuer::follow(Arc::clone(agent)))),
         ];
-        Below { worker: tokio::spawn(worker::supervise(Arc::clone(agent), launcher)), tasks }
+        let worker = worker::supervise(Arc::clone(agent), launcher.clone());
+        let tunnel = tunnel::keep(Arc::clone(agent), launcher);
+        let draining = tokio::spawn(async {
+            tokio::join!(worker, tunnel);
+        });
+        Below { draining, tasks }
     }
 }
 
@@ -199,6 +208,9 @@ impl Agent {
             .and_then(discover::inode)
             .context("cannot look at the node's network namespace")?;
         let mut mesh = Mesh::new(config.node.name.clone());
+        if config.wireguard.enabled && config.wireguard.strict != StrictMode::Off {
+            mesh.look_elsewhere();
+        }
         match disk.load_config() {
             Ok(changes) if changes.upserts.is_empty() => {}
             Ok(changes) => {
@@ -230,6 +242,7 @@ impl Agent {
                 .context("cannot start the namespace thread")?,
             controller: Controller::new(config.controller.clone()),
             issuer: issuer::Issuer::default(),
+            tunnel: tunnel::Tunnel::new(&config.wireguard),
             disk,
             kernel: OnceLock::new(),
             takeover: Takeover::new(generation, phase),
@@ -302,7 +315,7 @@ pub async fn run(mut config: NodeConfig, log: LogArguments) -> anyhow::Result<()
     if !rustix::process::geteuid().is_root() {
         anyhow::bail!("the agent needs root: it loads BPF programs and enters the pods' network namespaces");
     }
-    rights::keep_what_is_needed()?;
+    rights::keep_what_is_needed(config.wireguard.enabled)?;
     if config.worker.threads == 0 {
         // Decided here, because keyd's signing channels are one for each thread.
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -390,7 +403,7 @@ async fn serve(begun: Begun, terminate: &mut tokio::signal::unix::Signal) -> any
                 tracing::warn!("nobody has had this node for a while; ending the worker that drains");
                 drained = true;
                 below.tasks.clear();
-                below.worker.abort();
+                below.draining.abort();
                 end_below(&agent).await?;
                 // Whoever starts containers again sees to it that this agent is there if the node is to be its own again.
                 anyhow::ensure!(
@@ -398,8 +411,8 @@ async fn serve(begun: Begun, terminate: &mut tokio::signal::unix::Signal) -> any
                     "this agent handed its node over, and nobody has had the node for a while"
                 );
             }
-            ended = &mut below.worker, if !drained && phase == Phase::Retired => {
-                ended.context("the worker's supervisor failed")?;
+            ended = &mut below.draining, if !drained && phase == Phase::Retired => {
+                ended.context("the supervisor of worker and tunnel failed")?;
                 drained = true;
                 // Nobody signs any more.
                 below.tasks.clear();
@@ -419,11 +432,11 @@ fn raise_file_limit() {
     }
 }
 
-/// Ends worker and keyd.
+/// Ends worker, keyd and tunnel.
 async fn end_below(agent: &Agent) -> anyhow::Result<()> {
     let worker = agent.state.lock().worker.as_ref().map(|w| w.pid());
     let keyd = agent.keyd.borrow().as_ref().map(|k| k.pid());
-    for pid in [worker, keyd].into_iter().flatten() {
+    for pid in [worker, keyd, agent.tunnel.pid()].into_iter().flatten() {
         process::end(pid).await?;
     }
     Ok(())

@@ -127,6 +127,7 @@ impl Launcher {
         let uid = match role {
             Role::Worker => self.settings.worker_uid,
             Role::Keyd => self.settings.keyd_uid,
+            Role::Tunnel => self.settings.tunnel_uid,
         };
         let arguments = ChildArguments {
             role,

@@ -69,6 +69,8 @@ pub enum Request {
     },
     /// How things are.
     Status,
+    /// Change the keys of the node's tunnel.
+    RotateTunnel,
     /// Another agent has started and wants the node; after the answer both speak frames.
     TakeOver(Successor),
     /// End worker, keyd and agent. Capture stays: fail-closed pods are refused.
@@ -347,6 +349,7 @@ async fn answer(agent: &Arc<Agent>, request: Request) -> Option<Reply> {
         Request::CniDel { uid, netns } => cni::del(agent, &uid, &netns).await,
         Request::CniCheck { uid } => cni::check(agent, &uid),
         Request::Status => return Some(Reply::Status(Box::new(super::status::collect(agent)))),
+        Request::RotateTunnel => agent.tunnel.rotate(),
         Request::TakeOver(_) => Err(anyhow::anyhow!("a successor begins its own conversation")),
         Request::Stop => {
             agent.front.stop.notify_one();

@@ -63,16 +63,18 @@ const REQUIRED: [Needed; 7] = [
     },
 ];
 
-/// Kept if it was given. Without it worker and keyd have as many open files as the hard limit allows, and say so when that
-/// is fewer than processes.worker_files.
+/// Kept if they were given. Without SYS_RESOURCE worker and keyd have as many open files as the hard limit allows, and say
+/// so when that is fewer than processes.worker_files.
 const OPTIONAL: CapabilitySet = CapabilitySet::SYS_RESOURCE;
+/// Kept too where there is a tunnel, if it was given. Without it the paths to other nodes are not probed, which is logged.
+const OF_TUNNEL: CapabilitySet = CapabilitySet::NET_RAW;
 
 /// Gives up every capability that no step needs, and the way to another one (`no_new_privs`). Worker and keyd start with
 /// what is left and give that up as well.
 ///
 /// # Errors
 /// When the agent was started with too little; names what is missing and why it is needed.
-pub(super) fn keep_what_is_needed() -> anyhow::Result<()> {
+pub(super) fn keep_what_is_needed(tunnel: bool) -> anyhow::Result<()> {
     let given = rights::usable().context("cannot ask for the agent's capabilities")?;
     let missing: Vec<String> = REQUIRED
         .iter()
@@ -86,7 +88,8 @@ pub(super) fn keep_what_is_needed() -> anyhow::Result<()> {
         missing.join(", ")
     );
     let required = REQUIRED.iter().map(|needed| needed.capability).collect::<CapabilitySet>();
-    rights::keep(required | (OPTIONAL & given))?;
+    let optional = if tunnel { OPTIONAL | OF_TUNNEL } else { OPTIONAL };
+    rights::keep(required | (optional & given))?;
     Ok(())
 }
 
@@ -106,6 +109,7 @@ mod tests {
             );
         }
         assert!(rows.iter().any(|row| row.starts_with("| `agent` | `CAP_SYS_RESOURCE`, if given |")));
-        assert_eq!(rows.len(), REQUIRED.len() + 1, "docs/architecture.md lists what the agent does not keep");
+        assert!(rows.iter().any(|row| row.starts_with("| `agent` | `CAP_NET_RAW`, if given |")));
+        assert_eq!(rows.len(), REQUIRED.len() + 2, "docs/architecture.md lists what the agent does not keep");
     }
 }

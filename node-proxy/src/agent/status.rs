@@ -14,7 +14,7 @@ use super::cni::Chained;
 use super::mesh::Mesh;
 use super::pods::Pod;
 use super::takeover::{self, Phase};
-use super::{Agent, WaitingPod};
+use super::{Agent, TunnelReport, WaitingPod};
 
 /// The node's state.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -68,6 +68,9 @@ pub struct StatusDocument {
     /// How the CNI plugin stands.
     #[serde(default)]
     pub cni: String,
+    /// The tunnel between nodes; none on a node that has none.
+    #[serde(default)]
+    pub tunnel: Option<TunnelReport>,
     /// What is wrong with single pods or with the node's disk. The rest of the node is served all the same.
     #[serde(default)]
     pub problems: Vec<String>,
@@ -178,6 +181,8 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
     for pod in waiting.iter().filter(|pod| pod.uncaptured) {
         problems.push(format!("pod {} is not in the mesh: {}", pod.uid, pod.reason));
     }
+    let tunnel = agent.tunnel.report();
+    problems.extend(tunnel.iter().flat_map(|tunnel| tunnel.findings.iter().map(|f| format!("tunnel: {f}"))));
     problems.extend(agent.disk.unwritten().into_iter().map(|what| format!("{what}; make room on the disk")));
     StatusDocument {
         node: agent.config.node.name.clone(),
@@ -211,6 +216,7 @@ pub(super) fn collect(agent: &Agent) -> StatusDocument {
         waiting,
         not_covered,
         cni: cni.to_string(),
+        tunnel,
         problems,
         redirect,
         not_ready,
@@ -309,6 +315,22 @@ impl fmt::Display for StatusDocument {
         }
         for pod in &self.not_covered {
             writeln!(f, "  pod {} {} not covered: {}", pod.uid, pod.name, pod.reason)?;
+        }
+        if let Some(report) = &self.tunnel {
+            match &report.tunnel {
+                Some(tunnel) => {
+                    let text = tunnel.to_string();
+                    text.lines().try_for_each(|line| writeln!(f, "  {line}"))?;
+                }
+                None => writeln!(f, "  tunnel: no process")?,
+            }
+            writeln!(
+                f,
+                "    keys {}, {} rotations{}",
+                report.registration,
+                report.rotations,
+                if report.rotating { ", one under way" } else { "" }
+            )?;
         }
         for problem in &self.problems {
             writeln!(f, "  PROBLEM: {problem}")?;

@@ -9,7 +9,7 @@ use anyhow::Context;
 use tokio::net::UnixStream;
 
 use super::requests::{self, Reply, Request, ask, converse_at};
-use super::{cni, process, takeover};
+use super::{cni, process, takeover, tunnel};
 use crate::child::Role;
 use crate::config::NodeConfig;
 use crate::ipc::proto::{
@@ -22,7 +22,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 /// A process that lives answers a hello at once.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Ends agents, workers and keyds, with or without an agent. Capture stays: fail-closed pods are refused.
+/// Ends agents and all processes below them, with or without an agent. Capture stays: fail-closed pods are refused.
 ///
 /// # Errors
 /// When a process does not end.
@@ -59,7 +59,7 @@ pub async fn stop(run_dir: &Path) -> anyhow::Result<()> {
         }
     }
     // Left over from an agent that is gone, or one that could not reach them.
-    for role in [Role::Worker, Role::Keyd] {
+    for role in Role::ALL {
         for (_, path) in process::sockets(role, run_dir)? {
             if let Some(stream) = process::find(&path).await? {
                 let pid = tokio::time::timeout(HELLO_TIMEOUT, pid_of(role, stream)).await.with_context(
@@ -73,14 +73,14 @@ pub async fn stop(run_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Asks a worker or keyd for its process id.
+/// Asks a process below an agent for its process id.
 ///
 /// # Errors
 /// When it does not say.
 pub(super) async fn pid_of(role: Role, stream: UnixStream) -> anyhow::Result<u32> {
-    let (mut reader, mut writer) = split(stream);
     match role {
         Role::Worker => {
+            let (mut reader, mut writer) = split(stream);
             let hello = Hello { settings_json: b"{}".to_vec(), ..Hello::default() };
             let message = ToWorker { message: Some(to_worker::Message::Hello(hello)) };
             writer.send_frame(&message, &[]).await?;
@@ -89,7 +89,9 @@ pub(super) async fn pid_of(role: Role, stream: UnixStream) -> anyhow::Result<u32
                 _ => anyhow::bail!("the worker does not say its pid"),
             }
         }
+        Role::Tunnel => tunnel::pid_of(stream).await,
         Role::Keyd => {
+            let (mut reader, mut writer) = split(stream);
             let message = ToKeyd { id: 0, message: Some(to_keyd::Message::Hello(KeydHello {})) };
             writer.send_frame(&message, &[]).await?;
             let (answer, _) = reader.recv_frame::<FromKeyd>().await?.context("keyd does not say its pid")?;
@@ -130,6 +132,7 @@ pub async fn uninstall(config: &NodeConfig) -> anyhow::Result<()> {
     let unchained = cni::remove(&config.node);
     let chained = unchained.is_err();
     note(unchained.map_err(anyhow::Error::from));
+    note(tunnel::remove_traces(config).await);
     // Pins go although a process may linger: plain networking comes back.
     note(redirect_bpf::uninstall(&config.node.bpffs, &config.node.name).map_err(anyhow::Error::from));
     for name in ["agent.sock", "agent.lock", takeover::RECORD] {

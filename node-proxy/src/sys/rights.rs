@@ -39,7 +39,9 @@ pub enum RightsError {
         source: io::Error,
     },
     /// Root is not a user without rights.
-    #[error("uid 0 is root; give the process a user of its own (processes.worker_uid, processes.keyd_uid)")]
+    #[error(
+        "uid 0 is root; give the process a user of its own (processes.worker_uid, processes.keyd_uid, processes.tunnel_uid)"
+    )]
     Root,
     /// More than one thread runs already.
     #[error("{0} threads run already; rights are given up per thread and must go first")]

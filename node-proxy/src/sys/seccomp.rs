@@ -1,4 +1,4 @@
-//! Lists of the system calls that remain for a worker and for keyd.
+//! Lists of the system calls that remain for a worker, for keyd and for the tunnel.
 //!
 //! Everything else ends the process ([`Violation::Kill`]): a process that parses strangers' bytes and suddenly wants a
 //! system call that its code never makes is not to be reasoned with, and the agent starts another one at once. The agent
@@ -27,6 +27,8 @@ pub enum Filter {
     Worker,
     /// Unix sockets that it is given, and nothing of the network.
     Keyd,
+    /// Datagrams and packets on descriptors that it is given.
+    Tunnel,
 }
 
 /// What happens at a call that is not on the list.
@@ -133,6 +135,10 @@ const STREAMS: &[i64] = &[
     libc::SYS_splice,
 ];
 
+/// Carrying datagrams: many in one call, and the options by which their sizes and addresses are told.
+/// `uname` tells whether the kernel takes runs of datagrams.
+const DATAGRAMS: &[i64] = &[libc::SYS_recvmmsg, libc::SYS_sendmmsg, libc::SYS_setsockopt, libc::SYS_uname];
+
 /// Older forms that only x86_64 has.
 #[cfg(target_arch = "x86_64")]
 const LEGACY: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_poll, libc::SYS_readlink];
@@ -197,6 +203,11 @@ fn rules(filter: Filter) -> Result<Rules, SeccompError> {
     }
     let unix = number(libc::AF_UNIX);
     allow_if(&mut rules, libc::SYS_socketpair, vec![when(0, SeccompCmpOp::Eq, unix)?])?;
+    if filter == Filter::Tunnel {
+        for call in DATAGRAMS {
+            rules.insert(*call, Vec::new());
+        }
+    }
     if filter == Filter::Worker {
         for call in STREAMS {
             rules.insert(*call, Vec::new());
@@ -243,7 +254,7 @@ mod tests {
 
     #[test]
     fn neither_list_has_a_call_that_makes_a_network_socket_or_a_process() {
-        for filter in [Filter::Worker, Filter::Keyd] {
+        for filter in [Filter::Worker, Filter::Keyd, Filter::Tunnel] {
             let rules = rules(filter).unwrap();
             for call in [
                 libc::SYS_socket,

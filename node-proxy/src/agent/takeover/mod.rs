@@ -155,6 +155,16 @@ impl Takeover {
         *self.phase.borrow()
     }
 
+    /// The phase, to wait on.
+    pub(super) fn phases(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+
+    /// Completes when this agent has, or had, the node.
+    pub(super) async fn decided(&self) {
+        let _ = self.phase.subscribe().wait_for(|phase| *phase != Phase::Preparing).await;
+    }
+
     /// Completes when the node is another agent's.
     pub(super) async fn retired(&self) {
         // The sender is this object's own.
@@ -361,7 +371,7 @@ fn start(agent: &Arc<Agent>, charge: Charge) -> anyhow::Result<Vec<AbortOnDrop>>
     Ok(tasks)
 }
 
-/// Ends worker and keyd of an agent that did not get the node.
+/// Ends worker, keyd and tunnel of an agent that did not get the node.
 ///
 /// # Errors
 /// When one does not end.
@@ -375,12 +385,12 @@ pub(super) async fn end_own(agent: &Agent) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ends worker and keyd of a generation; none is no error.
+/// Ends worker, keyd and tunnel of a generation; none is no error.
 ///
 /// # Errors
 /// When one does not end.
 async fn end_generation(run_dir: &Path, generation: u64) -> anyhow::Result<()> {
-    for role in [Role::Worker, Role::Keyd] {
+    for role in Role::ALL {
         let path = process::socket(role, run_dir, generation);
         let mut tries = 0;
         // Its own agent may be ending it, too: then it goes away in the middle of the question.
@@ -398,7 +408,7 @@ async fn end_generation(run_dir: &Path, generation: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ends worker and keyd of agents that are gone, and removes the sockets of those.
+/// Ends worker, keyd and tunnel of agents that are gone, and removes the sockets of those.
 pub(super) async fn sweep(agent: &Agent) {
     if let Err(error) = end_leftovers(agent).await {
         tracing::warn!(
@@ -413,7 +423,7 @@ async fn end_leftovers(agent: &Agent) -> anyhow::Result<()> {
     // First what there is, and then whose it is: an agent has its own socket before anything runs below it, so whatever is
     // found here and belongs to one has an agent that is found below.
     let mut left = Vec::new();
-    for role in [Role::Worker, Role::Keyd] {
+    for role in Role::ALL {
         left.extend(process::sockets(role, run_dir)?.into_iter().map(|(generation, _)| generation));
     }
     left.sort_unstable();

@@ -135,6 +135,7 @@ fn missing_to_serve(agent: &Agent) -> Vec<String> {
     if !controller.connected || !controller.synced || state.mesh.trust().is_none() {
         missing.push(controller.describe());
     }
+    missing.extend(agent.tunnel.missing());
     let Some(keyd) = keyd else {
         missing.push("no keyd".to_owned());
         return missing;

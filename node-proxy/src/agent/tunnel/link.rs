@@ -1,0 +1,141 @@
+//! The agent's end of the control socket of the tunnel's process.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use anyhow::Context;
+use mesh_api::model::TunnelKey;
+use tokio::net::UnixStream;
+
+use crate::ipc::proto::{
+    FromTunnel, ToTunnel, TunnelAnnounced, TunnelApply, TunnelHello, TunnelNewKey, TunnelOpen, TunnelOwnKey,
+    TunnelQuery, to_tunnel::Message,
+};
+use crate::ipc::stream::{FrameReader, FrameWriter, split};
+use crate::tunnel::TunnelDocument;
+
+/// Everything that the process is asked takes milliseconds; this long means that it hangs.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection to one process.
+pub(super) struct TunnelLink {
+    reader: FrameReader,
+    writer: FrameWriter,
+    next_id: u64,
+}
+
+/// What the process said of itself.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) pid: u32,
+    /// What it runs on; none before it was opened.
+    pub(super) opened: Option<TunnelOpen>,
+    pub(super) keys: Vec<HeldKey>,
+}
+
+/// A key that a process holds.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HeldKey {
+    pub(super) key: TunnelKey,
+    /// Other nodes are told of it.
+    pub(super) announced: bool,
+}
+
+fn held(keys: Vec<TunnelOwnKey>) -> anyhow::Result<Vec<HeldKey>> {
+    let one = |key: TunnelOwnKey| {
+        let public_key =
+            key.public_key.try_into().ok().context("the tunnel has a key that has not 32 bytes")?;
+        let port = u16::try_from(key.port).context("the tunnel has a port that is none")?;
+        let generation = key.generation;
+        Ok(HeldKey { key: TunnelKey { generation, public_key, ports: [port; 2] }, announced: key.announced })
+    };
+    keys.into_iter().map(one).collect()
+}
+
+impl TunnelLink {
+    /// Says hello.
+    ///
+    /// # Errors
+    /// The process's own, or that it is gone.
+    pub(super) async fn greet(stream: UnixStream) -> anyhow::Result<(Self, Found)> {
+        let (reader, writer) = split(stream);
+        let mut link = Self { reader, writer, next_id: 0 };
+        let answer = link.call(Message::Hello(TunnelHello {}), &[]).await?;
+        let found = Found { pid: answer.pid, opened: answer.opened, keys: held(answer.keys)? };
+        Ok((link, found))
+    }
+
+    async fn call(&mut self, message: Message, descriptors: &[BorrowedFd<'_>]) -> anyhow::Result<FromTunnel> {
+        self.next_id += 1;
+        let id = self.next_id;
+        let exchange = async {
+            let request = ToTunnel { id, message: Some(message) };
+            self.writer
+                .send_frame(&request, descriptors)
+                .await
+                .context("cannot write to the tunnel's process")?;
+            let (answer, _) = self
+                .reader
+                .recv_frame::<FromTunnel>()
+                .await
+                .context("cannot read from the tunnel's process")?
+                .context("the tunnel's process closed the connection")?;
+            anyhow::ensure!(answer.id == id, "the tunnel's process answers another question");
+            Ok(answer)
+        };
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, exchange)
+            .await
+            .with_context(|| format!("the tunnel's process did not answer within {ANSWER_TIMEOUT:?}"))??;
+        if answer.error.is_empty() { Ok(answer) } else { Err(anyhow::anyhow!("tunnel: {}", answer.error)) }
+    }
+
+    /// Hands over what the tunnel runs on: queues, then sockets. What was left out of the configuration because it
+    /// contradicts the rest.
+    ///
+    /// # Errors
+    /// The process's own, or that it is gone.
+    pub(super) async fn open(
+        &mut self,
+        open: TunnelOpen,
+        descriptors: &[OwnedFd],
+    ) -> anyhow::Result<Vec<String>> {
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        Ok(self.call(Message::Open(open), &descriptors).await?.conflicts)
+    }
+
+    /// Has a key made for this port; its public half.
+    ///
+    /// # Errors
+    /// The process's own, or that it is gone.
+    pub(super) async fn new_key(&mut self, generation: u64, port: u16) -> anyhow::Result<[u8; 32]> {
+        let new = TunnelNewKey { generation, port: port.into() };
+        let answer = self.call(Message::NewKey(new), &[]).await?;
+        let made = held(answer.keys)?.into_iter().find(|held| held.key.generation == generation);
+        made.map(|held| held.key.public_key).context("the tunnel's process did not make the key")
+    }
+
+    /// Says which of its keys other nodes are told of.
+    ///
+    /// # Errors
+    /// The process's own, or that it is gone.
+    pub(super) async fn announced(&mut self, generations: Vec<u64>) -> anyhow::Result<()> {
+        self.call(Message::Announced(TunnelAnnounced { generations }), &[]).await.map(drop)
+    }
+
+    /// Puts a configuration in force; what was left out because it contradicts the rest.
+    ///
+    /// # Errors
+    /// The process's own, or that it is gone.
+    pub(super) async fn apply(&mut self, apply: TunnelApply) -> anyhow::Result<Vec<String>> {
+        Ok(self.call(Message::Apply(apply), &[]).await?.conflicts)
+    }
+
+    /// How the tunnel is.
+    ///
+    /// # Errors
+    /// The process's own, or that it is gone.
+    pub(super) async fn status(&mut self) -> anyhow::Result<TunnelDocument> {
+        let answer = self.call(Message::Query(TunnelQuery {}), &[]).await?;
+        serde_json::from_slice(&answer.status_json).context("the tunnel's status is not understood")
+    }
+}
