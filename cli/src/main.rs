@@ -13,6 +13,7 @@ mod pages;
 mod proxy;
 mod status;
 mod table;
+mod wireguard;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,7 @@ enum Command {
     Status(status::Args),
     Proxy(proxy::Args),
     Ca(ca::Args),
+    Wireguard(wireguard::Args),
     Install(helm::Install),
     Uninstall(helm::Uninstall),
     /// Shows the whole mesh at work on this machine: two nodes, a web service, a database, failures and their repair.
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::Status(args) => with_cluster(status::run(&args)),
         Command::Proxy(args) => with_cluster(proxy::run(&args)),
         Command::Ca(args) => with_cluster(ca::run(&args)),
+        Command::Wireguard(args) => with_cluster(wireguard::run(&args)),
         Command::Install(args) => with_cluster(helm::install(&args)),
         Command::Uninstall(args) => with_cluster(helm::uninstall(&args)),
     };
