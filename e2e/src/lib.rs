@@ -4,8 +4,9 @@
 //! with the gates of `gates`: what the mesh counted and logged is what the scenario announced, and it did go through
 //! the mesh.
 //! [`load`] follows a load while something happens;
-//! [`talk`] runs the small TCP programs of `programs/talk.py`.
+//! [`talk`] runs the small TCP programs of `programs/talk.py`, [`datagrams`] the UDP and ICMP of `programs/datagrams.py`.
 
+pub mod datagrams;
 mod gates;
 pub mod load;
 pub mod runner;

@@ -486,6 +486,18 @@ impl Node {
         self.pids_of("keyd")
     }
 
+    /// Kills the process of its tunnel.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn kill_tunnel(&self) -> Result<()> {
+        let pids = self.pids_of("tunnel")?;
+        if pids.is_empty() {
+            bail!("no tunnel runs on {}", self.name());
+        }
+        pids.into_iter().try_for_each(kill_if_there)
+    }
+
     fn pids_of(&self, subcommand: &str) -> Result<Vec<i32>> {
         let pids = self.mesh_pids()?;
         Ok(pids.into_iter().filter(|pid| runs_subcommand(*pid, subcommand)).collect())
@@ -514,7 +526,7 @@ impl Node {
 fn runs_subcommand(pid: i32, subcommand: &str) -> bool {
     // A process that ended meanwhile runs nothing.
     let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
-    let known: [&[u8]; 3] = [b"agent", b"worker", b"keyd"];
+    let known: [&[u8]; 4] = [b"agent", b"worker", b"keyd", b"tunnel"];
     line.split(|b| *b == 0).skip(1).find(|word| known.contains(word)) == Some(subcommand.as_bytes())
 }
 

@@ -27,7 +27,7 @@ mod topology;
 pub mod totals;
 pub mod wait;
 
-pub use capture::Capture;
+pub use capture::{Capture, Captured};
 pub use launch::{Finished, Launch, Process};
 pub use manifests::{PodState, ServiceSpec};
 pub use mesh::{Mesh, MeshBuilder, Node, Pod, PodSpec};

@@ -126,9 +126,26 @@ impl Traffic {
         in_streams + self.others.iter().map(|packet| find(packet)).sum::<usize>()
     }
 
+    /// Source and destination of each packet that is IP and not TCP.
+    pub(crate) fn not_tcp(&self) -> impl Iterator<Item = (IpAddr, IpAddr)> {
+        self.others.iter().filter_map(|frame| addresses(frame))
+    }
+
     /// TCP flows with the number of distinct bytes that each carried.
     pub(crate) fn flows(&self) -> impl Iterator<Item = (Flow, usize)> {
         self.flows.iter().map(|(flow, segments)| (*flow, segments.runs().iter().map(Vec::len).sum()))
+    }
+}
+
+/// Source and destination of an Ethernet frame with IP in it.
+fn addresses(frame: &[u8]) -> Option<(IpAddr, IpAddr)> {
+    let packet = frame.get(14..)?;
+    let v4 = |at: usize| -> Option<[u8; 4]> { packet.get(at..at + 4)?.try_into().ok() };
+    let v6 = |at: usize| -> Option<[u8; 16]> { packet.get(at..at + 16)?.try_into().ok() };
+    match frame.get(12..14)? {
+        [0x08, 0x00] => Some((v4(12)?.into(), v4(16)?.into())),
+        [0x86, 0xdd] => Some((v6(8)?.into(), v6(24)?.into())),
+        _ => None,
     }
 }
 

@@ -11,6 +11,7 @@ mod retries;
 mod services;
 mod takeover;
 mod tcp;
+mod tunnel;
 mod volume;
 
 use std::process::ExitCode;
@@ -82,6 +83,13 @@ fn main() -> ExitCode {
         takeover::an_agent_whose_cni_plugin_would_be_in_no_chain_does_not_take_the_node,
         takeover::an_agent_without_a_worker_hands_its_pods_over,
         takeover::a_successor_with_other_maps_serves_the_pods_and_the_old_worker_goes_on,
+        tunnel::datagrams_echoes_and_strangers_streams_cross_between_nodes_inside_the_tunnel,
+        tunnel::keys_change_under_load_and_no_datagram_is_lost,
+        tunnel::a_tunnel_that_dies_refuses_until_the_next_one_is_known_and_sends_nothing_plain,
+        tunnel::an_agent_takes_the_tunnel_over_from_another_and_hardly_a_datagram_is_lost,
+        tunnel::what_a_route_leads_past_the_tunnel_is_dropped_by_name_for_pods_that_ask_for_it,
+        tunnel::a_path_that_swallows_large_packets_is_named_and_what_crosses_is_made_to_fit,
+        tunnel::a_node_that_is_to_have_no_tunnel_any_more_and_one_that_is_uninstalled_keep_no_trace_of_it,
         volume::five_thousand_http_connections_at_the_same_time_are_served,
         volume::five_thousand_tcp_connections_at_the_same_time_are_each_their_own,
         volume::a_pod_takes_no_more_connections_than_it_may_from_either_node,
