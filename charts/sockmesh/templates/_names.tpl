@@ -77,6 +77,13 @@ so it is told the host's paths. The mesh's own pods must come up without it.
 {{- $node := dict "discover_pods" true "netns_dir" .Values.node.host.netns "cni" $cni -}}
 {{- $processes := dict "takeover_drain" (printf "%ds" (int .Values.node.drainSeconds)) -}}
 {{- $own := dict "node" $node "processes" $processes -}}
+{{- if .Values.wireguard.enabled }}
+{{- $wireguard := dict }}
+{{- range $name, $value := .Values.wireguard }}
+{{- $_ = set $wireguard (snakecase $name) $value }}
+{{- end }}
+{{- $_ = set $own "wireguard" $wireguard }}
+{{- end -}}
 {{- toYaml (mergeOverwrite (deepCopy .Values.node.config) $own) -}}
 {{- end }}
 
@@ -92,6 +99,13 @@ so it is told the host's paths. The mesh's own pods must come up without it.
 {{- $unavailable := not (has (toString .Values.node.maxUnavailable) (list "0" "0%")) }}
 {{- if eq $surge $unavailable }}
 {{- fail (printf "node.maxSurge is %v and node.maxUnavailable is %v: exactly one of them has to be 0 (maxSurge 1 and maxUnavailable 0 replace proxies without closing connections)" .Values.node.maxSurge .Values.node.maxUnavailable) }}
+{{- end }}
+{{- if and (ne .Values.wireguard.strict "off") (not .Values.wireguard.enabled) }}
+{{- fail (printf "wireguard.strict is %q, and wireguard.enabled is false: there is no tunnel by which packets could go instead of being dropped. Set wireguard.enabled to true, or wireguard.strict to \"off\"" .Values.wireguard.strict) }}
+{{- end }}
+{{- $mtu := int .Values.wireguard.mtu }}
+{{- if and (ne $mtu 0) (or (lt $mtu 1280) (gt $mtu 65535)) }}
+{{- fail (printf "wireguard.mtu is %d: IPv6 needs 1280 bytes, and no packet has more than 65535. 0 derives it from the node's interface" $mtu) }}
 {{- end }}
 {{- $admin := .Values.node.adminAddress | default .Values.bindAddress }}
 {{- if and .Values.monitoring.podMonitor.enabled (has $admin (list "127.0.0.1" "::1")) }}

@@ -9,9 +9,9 @@ from .driving import (
 )
 
 
-def pod_named(name, namespace="shop", labels=None, command=("sleep", "infinity"), containers=("one",), **spec):
-    """A pod on node1 that ends at once when it is told to."""
-    spec |= {"terminationGracePeriodSeconds": 0, "nodeName": "node1", "containers": [
+def pod_named(name, namespace="shop", labels=None, command=("sleep", "infinity"), containers=("one",), node="node1", **spec):
+    """A pod that ends at once when it is told to."""
+    spec |= {"terminationGracePeriodSeconds": 0, "nodeName": node, "containers": [
         {"name": c, "image": "localhost/apps:1", "command": list(command)} for c in containers]}
     metadata = {"name": name, "namespace": namespace, "labels": labels or {}}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}

@@ -9,6 +9,7 @@ from .driving import (
     total, traces, until, web_on,
 )
 from .joining import nothing_left
+from .wireguard import connected
 
 WEB, CLIENT = "spiffe://cluster.local/ns/shop/sa/web", "spiffe://cluster.local/ns/shop/sa/client"
 
@@ -87,8 +88,9 @@ def proxy(story):
 
 
 def by_command(story):
-    "sockmesh install, status --wait and uninstall --crds: the same mesh without a helm command, and nothing is left of it either"
-    sockmesh("install", "--chart", REPOSITORY / "charts/sockmesh", "--values", REPOSITORY / "charts/test/cluster.yaml")
+    "sockmesh install (with the tunnel), status --wait and uninstall --crds: no helm command is needed, and nothing is left either"
+    sockmesh("install", "--chart", REPOSITORY / "charts/sockmesh", "--values", REPOSITORY / "charts/test/cluster.yaml",
+             "--set", "wireguard.enabled=true")
     began = time.monotonic()
     sockmesh("status", "--wait", "--timeout", "120s")
     took = time.monotonic() - began
@@ -103,8 +105,9 @@ def by_command(story):
     until("a refusal", lambda: "pod=web" not in stranger("http://web.shop/"))
     expect(total("istio_requests_total", reporter="destination", destination_principal=WEB, source_principal=CLIENT) > 0,
            "no request with both principals")
+    until("every node has a tunnel to every other one", connected)
     for node in NODES:
-        expect(traces(node), f"{node}: nothing is found of a mesh that runs")
+        expect("sockmesh_wg" in traces(node), f"{node}: no interface of a tunnel that runs is found")
     told = sockmesh("uninstall", "--crds", "--", "--timeout", "3m", fails=True)
     expect("still opted in: shop" in told and "meshnodes.sockmesh.io is removed" in told, f"sockmesh uninstall says: {told}")
     nothing_left()

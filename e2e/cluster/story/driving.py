@@ -244,17 +244,24 @@ class Load:
 class Capture:
     """Records what passes between the machines."""
 
-    def __init__(self):
+    def __init__(self, what="tcp"):
         self.file = pathlib.Path(tempfile.mkdtemp()) / "wire.pcap"
         self.process = subprocess.Popen(
-            ["nsenter", f"--net=/run/netns/{NAME}-fabric", "tcpdump", "-i", "any", "--immediate-mode", "-U", "-s", "0", "-w", str(self.file), "tcp"],
+            ["nsenter", f"--net=/run/netns/{NAME}-fabric", "tcpdump", "-i", "any", "--immediate-mode", "-U", "-s", "0", "-w", str(self.file), what],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until("the capture", lambda: self.file.exists() and self.file.stat().st_size)
 
-    def stop(self):
-        """The recorded bytes."""
+    def end(self):
         self.process.terminate()
         self.process.wait()
+
+    def packets(self, which):
+        """Those that match, a line each, once it has ended."""
+        return run("tcpdump", "-nn", "-r", self.file, which).splitlines()
+
+    def stop(self):
+        """The recorded bytes."""
+        self.end()
         bytes_ = self.file.read_bytes()
         self.file.unlink()
         self.file.parent.rmdir()
@@ -266,4 +273,10 @@ def traces(node):
     return on(node, "bash", "-c", """
         ls -d /run/sockmesh /var/lib/sockmesh /sys/fs/bpf/sockmesh /opt/cni/bin/sockmesh* 2>/dev/null
         grep -rl sockmesh /etc/cni/net.d 2>/dev/null
-        pgrep -a sockmesh; true""").strip()
+        pgrep -a sockmesh
+        ip -brief link | grep ^sockmesh
+        for family in -4 -6; do
+            ip $family rule | grep ^1587[0-9]:
+            ip $family route show table 15871 2>/dev/null
+        done
+        true""").strip()
