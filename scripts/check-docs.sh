@@ -35,6 +35,8 @@ done < <(grep -ohE '"sockmesh\.io/[a-z-]+"' mesh-controller/src/index/settings.r
 while read -r name; do
     short=${name#sockmesh_controller_} short=${short%_total}
     case $name in
+    # The tunnel's device.
+    sockmesh_wg) continue ;;
     sockmesh_controller_connected) pattern="\"$name\"" ;;
     sockmesh_controller_*) pattern="\"$short\"" ;;
     *) pattern="\"$name\"" ;;
@@ -46,6 +48,11 @@ done < <(words '\bsockmesh_[a-z_]+[a-z]\b')
 while read -r name; do
     grep -qF "\"$name\"" redirect-bpf/programs/src/types.rs || bad "branch $name is written about; redirect-bpf/programs/src/types.rs has none such"
 done < <(words '\b(connect|inbound|handoff|peername)_[a-z_0-9]+')
+
+# What strict mode counts.
+while read -r name; do
+    grep -qF "\"$name\"" redirect-bpf/programs/src/tunnel/types.rs || bad "cause $name is written about; redirect-bpf/programs/src/tunnel/types.rs has none such"
+done < <(words '\b(dropped|passed)_[a-z_]+[a-z]\b')
 
 # Settings of the node and values of the chart, by the chart's schema.
 values=$(python3 - charts/sockmesh/values.schema.json <<'PYTHON'
@@ -67,7 +74,7 @@ while read -r name; do
     grep -qxF -- "$name" <<<"$values" && continue
     if [[ $name =~ ^(node|controller)\. ]] && grep -qE -- "^ {8}${name##*.}: " node-proxy/src/config.rs; then continue; fi
     bad "value $name is written about and not in the chart"
-done < <(words '`(image|ca|controller|node|cni|networkPolicy|monitoring|cleanup)\.[a-zA-Z._]+[:`]' | tr -d '`:' | grep -vE '^(ca\.(crt|md)|cni\.json)$')
+done < <(words '`(image|ca|controller|node|cni|wireguard|networkPolicy|monitoring|cleanup)\.[a-zA-Z._]+[:`]' | tr -d '`:' | grep -vE '^(ca\.(crt|md)|cni\.json)$')
 
 # Links between files.
 for document in "${documents[@]}"; do
