@@ -319,6 +319,26 @@ pub(crate) fn a_node_that_is_to_have_no_tunnel_any_more_and_one_that_is_uninstal
             let exchange = datagrams::udp(&stage.client, to, PORT, 100, CANARY)?;
             Ok((exchange.answered == exchange.sent).then_some(()))
         })?;
+        // And back: the agent that wants no tunnel leaves alone what the next one gets ready.
+        stage.mesh.node_setting("/wireguard/enabled", json!(true))?;
+        let mut old = stage.mesh.replace_agent(first)?;
+        old.signal_alone(Signal::SIGTERM)?;
+        ensure!(old.wait(LIMIT)?.success(), "the old agent failed");
+        tunnel_until(second, "the first node has one again", |report| {
+            report["tunnel"]["peers"] != json!({})
+        })?;
+        datagrams::udp(&stage.client, to, PORT, 100, CANARY)?.complete()?;
+        let told_once = old.log()?.matches("no tunnel any more").count();
+        ensure!(
+            told_once == 1,
+            "the other nodes were told {told_once} times that there is none:\n{}",
+            old.log()?
+        );
+        stage.mesh.node_setting("/wireguard/enabled", json!(false))?;
+        let mut old = stage.mesh.replace_agent(first)?;
+        old.signal_alone(Signal::SIGTERM)?;
+        ensure!(old.wait(LIMIT)?.success(), "the old agent failed");
+        tunnel_until(second, "the first node has none", |report| report["tunnel"]["peers"] == json!({}))?;
         stage.uninstall(second)?;
         let left = traces(second)?;
         ensure!(left.is_empty(), "{left}");

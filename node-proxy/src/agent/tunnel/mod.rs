@@ -188,7 +188,8 @@ async fn keep_none(agent: &Agent) {
     let mut removed = false;
     let mut told: Option<Instant> = None;
     while agent.takeover.phase() == Phase::InCharge {
-        let known = is_known(agent);
+        // What a successor gets ready is wanted.
+        let known = is_known(agent) && !has_successor(agent);
         if known && told.is_none_or(|at| at.elapsed() >= AGAIN) {
             if told.is_none() {
                 tracing::info!("telling the other nodes that this one has no tunnel any more");
@@ -220,9 +221,16 @@ async fn keep_none(agent: &Agent) {
     agent.controller.reporter.forget_tunnel_keys();
 }
 
+/// Whether an agent that is to take the node over has a tunnel already.
+fn has_successor(agent: &Agent) -> bool {
+    let sockets = process::sockets(Role::Tunnel, &agent.config.node.run_dir);
+    sockets.is_ok_and(|all| all.iter().any(|(generation, _)| *generation > agent.takeover.generation))
+}
+
 /// Removes processes, routes and rules of a tunnel that was wanted once.
 async fn remove(agent: &Agent) -> anyhow::Result<()> {
-    for (_, path) in process::sockets(Role::Tunnel, &agent.config.node.run_dir)? {
+    let all = process::sockets(Role::Tunnel, &agent.config.node.run_dir)?;
+    for (_, path) in all.into_iter().filter(|(generation, _)| *generation <= agent.takeover.generation) {
         if let Some(stream) = process::find(&path).await? {
             process::end(pid_of(stream).await?).await?;
         }
