@@ -172,5 +172,6 @@ def wire_is_dark(story):
     recorded = story.wire.stop()
     story.wire = None
     expect(len(recorded) > 20_000, f"only {len(recorded)} bytes were recorded")
-    expect(CANARY.encode() not in recorded, "a request went in plain")
+    found = recorded.find(CANARY.encode())
+    expect(found < 0, f"a request went in plain: {recorded[max(found - 150, 0):found + 150]!r}")
     return f"{len(recorded) // 1_000_000} MB recorded"
