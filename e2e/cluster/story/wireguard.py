@@ -107,7 +107,7 @@ def tunnel_carries(story):
     expect(not seen, "the mark was on the wire")
     expect(tunnelled and mesh, f"{len(tunnelled)} packets of the tunnel, {len(mesh)} of mutual TLS")
     for node, count in zip(NODES, before):
-        expect(total("sockmesh_wireguard_sent_packets_total", [node]) > count, f"{node} counts no packet that it sent")
+        until(f"{node} counts packets that it sent", lambda node=node, count=count: total("sockmesh_wireguard_sent_packets_total", [node]) > count)
     told = reports()
     for node in NODES[:2]:
         [other] = set(NODES[:2]) - {node}

@@ -27,7 +27,7 @@ use crate::ipc::proto::{TunnelApply, TunnelOpen};
 use crate::tunnel::{TunnelDocument, to_wire};
 
 /// How often the tunnel is looked at when nothing changes.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Changes within this time are dealt with together.
 const GATHER: Duration = Duration::from_secs(1);
 /// How often at most the process is asked and the kernel's routes are read.
@@ -88,6 +88,8 @@ pub(super) struct Session<'a> {
     /// The nodes' tunnels when the controller last told of this one's, and whether it does.
     last: Vec<Arc<NodeTunnel>>,
     known: bool,
+    /// Whether it did when this session began.
+    was_known: bool,
 }
 
 impl<'a> Session<'a> {
@@ -143,6 +145,7 @@ impl<'a> Session<'a> {
             told_since: None,
             last: Vec::new(),
             known: false,
+            was_known: false,
         })
     }
 
@@ -235,6 +238,9 @@ impl<'a> Session<'a> {
         mut tunnels: Vec<Arc<NodeTunnel>>,
         known: bool,
     ) -> anyhow::Result<()> {
+        if self.looked.is_none() {
+            self.was_known = known;
+        }
         self.known = known;
         if known {
             self.last.clone_from(&tunnels);
@@ -258,7 +264,11 @@ impl<'a> Session<'a> {
         }
         if phase == Phase::InCharge {
             self.probe(&tunnels).await;
-            self.route(&tunnels).await?;
+            // Where packets went in plain until now they go on so until the other nodes know whose they are.
+            let is_new = !self.was_known && self.routed.is_none() && !self.all_told();
+            if !is_new {
+                self.route(&tunnels).await?;
+            }
             self.filter(&tunnels);
         }
         Ok(())
@@ -327,6 +337,11 @@ impl<'a> Session<'a> {
         told
     }
 
+    /// Whether all other nodes should know of this process's keys.
+    fn all_told(&self) -> bool {
+        self.told_since.is_some_and(|since| since.elapsed() >= ALL_TOLD)
+    }
+
     /// Tells the controller of the node's keys, and other agents of those of this process.
     async fn tell(&mut self, phase: Phase) -> anyhow::Result<()> {
         let announced: Vec<u64> = self.keys.announced().iter().map(|(generation, _)| *generation).collect();
@@ -337,7 +352,9 @@ impl<'a> Session<'a> {
         let others: Vec<TunnelKey> =
             self.keys_of_others().filter(|held| held.announced).map(|held| held.key).collect();
         let all = registered(&self.keys, [self.port; 2], &others);
-        if phase != Phase::Retired {
+        // A key attracts packets. The first one of a node that has no tunnel yet is not told before they can be taken.
+        let is_first = phase == Phase::Preparing && others.is_empty();
+        if phase != Phase::Retired && !is_first {
             self.agent.controller.reporter.register_tunnel_keys(all.clone());
             self.registered = all;
         }
@@ -502,8 +519,9 @@ impl<'a> Session<'a> {
                     .to_owned(),
             );
         }
-        let all_told = told && self.told_since.is_some_and(|since| since.elapsed() >= ALL_TOLD);
+        let all_told = told && self.all_told();
         let (registration, missing) = match said {
+            Registration::None if self.others.is_empty() => ("no keys yet".to_owned(), false),
             Registration::None => ("no keys yet".to_owned(), true),
             Registration::Pending(why) if why.is_empty() => ("the controller is being told".to_owned(), true),
             Registration::Pending(why) => (format!("not yet registered: {why}"), true),
