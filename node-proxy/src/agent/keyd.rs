@@ -140,30 +140,17 @@ pub(super) async fn supervise(
     current: watch::Sender<Option<Arc<KeydClient>>>,
     restarts_seen: Arc<AtomicU64>,
 ) {
-    let path = launcher.socket(Role::Keyd);
     let mut restarts = Restarts::new(&launcher.settings);
     loop {
         restarts.started();
         let mut child = None;
         let ended = async {
-            let stream = match process::find(&path).await? {
-                Some(stream) => {
-                    tracing::info!("adopting the keyd that runs");
-                    stream
-                }
-                None => {
-                    child = Some(launcher.start(Role::Keyd)?);
-                    process::find(&path).await?.context("the keyd just started does not listen")?
-                }
-            };
+            let stream = launcher.connect(Role::Keyd, &mut child).await?;
             session(stream, &current, &restarts).await
         }
         .await;
         current.send_replace(None);
-        let end = match &mut child {
-            Some(child) => process::reap(child).await.map_or_else(|e| e.to_string(), process::describe_end),
-            None => "connection closed".to_owned(),
-        };
+        let end = process::ending(child).await;
         let pause = restarts.pause();
         restarts_seen.fetch_add(1, Ordering::Relaxed);
         tracing::error!(

@@ -72,6 +72,14 @@ struct Count {
     enrolled: usize,
 }
 
+/// The nodes' tunnels, as the controller tells of them.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Tunnels {
+    /// This node's.
+    pub(super) this: Option<Arc<NodeTunnel>>,
+    pub(super) others: Vec<Arc<NodeTunnel>>,
+}
+
 /// A pod of another node, as far as the tunnel's strict mode goes.
 #[derive(Debug)]
 pub(super) struct Elsewhere {
@@ -218,14 +226,15 @@ impl Mesh {
         self.trust.as_ref()
     }
 
-    /// The nodes' tunnels, this node's among them.
-    pub(super) fn tunnels(&self) -> Vec<Arc<NodeTunnel>> {
-        self.tunnels.values().cloned().collect()
+    /// The nodes' tunnels.
+    pub(super) fn tunnels(&self) -> Tunnels {
+        let others = self.tunnels.values().filter(|tunnel| *tunnel.node != *self.node);
+        Tunnels { this: self.own_tunnel().cloned(), others: others.cloned().collect() }
     }
 
-    /// The tunnel of one node.
-    pub(super) fn tunnel(&self, node: &str) -> Option<&Arc<NodeTunnel>> {
-        self.tunnels.get(node)
+    /// The tunnel of this node.
+    pub(super) fn own_tunnel(&self) -> Option<&Arc<NodeTunnel>> {
+        self.tunnels.get(self.node.as_str())
     }
 
     /// Service addresses that refuse at once.

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use tokio::net::UnixStream;
@@ -111,6 +112,20 @@ impl Launcher {
         socket(role, &self.run_dir, self.generation)
     }
 
+    /// Connects to this agent's process; one that does not run is started, and is then the `child`.
+    ///
+    /// # Errors
+    /// When it cannot be started or does not listen.
+    pub(super) async fn connect(&self, role: Role, child: &mut Option<Child>) -> anyhow::Result<UnixStream> {
+        let path = self.socket(role);
+        if let Some(stream) = find(&path).await? {
+            tracing::info!("adopting the {} that runs", role.name());
+            return Ok(stream);
+        }
+        *child = Some(self.start(role)?);
+        find(&path).await?.with_context(|| format!("the {} just started does not listen", role.name()))
+    }
+
     /// Starts a process.
     ///
     /// # Errors
@@ -164,6 +179,14 @@ pub(super) fn describe_end(status: ExitStatus) -> String {
             None => format!("killed by signal {number}"),
         },
         None => format!("ended by itself with {status}"),
+    }
+}
+
+/// How a process has ended whose connection is gone, for a log line; that of one that is no child nobody knows.
+pub(super) async fn ending(child: Option<Child>) -> String {
+    match child {
+        Some(mut child) => reap(&mut child).await.map_or_else(|e| e.to_string(), describe_end),
+        None => "connection closed".to_owned(),
     }
 }
 

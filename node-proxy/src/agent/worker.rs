@@ -199,7 +199,6 @@ impl WorkerLink {
 
 /// Keeps one worker alive, until the agent retires and its worker has drained.
 pub(super) async fn supervise(agent: Arc<Agent>, launcher: Launcher) {
-    let path = launcher.socket(Role::Worker);
     let mut restarts = Restarts::new(&launcher.settings);
     loop {
         if agent.takeover.phase() == Phase::Retired {
@@ -209,26 +208,14 @@ pub(super) async fn supervise(agent: Arc<Agent>, launcher: Launcher) {
         restarts.started();
         let mut child = None;
         let ended = async {
-            let stream = match process::find(&path).await? {
-                Some(stream) => {
-                    tracing::info!("adopting the worker that runs");
-                    stream
-                }
-                None => {
-                    child = Some(launcher.start(Role::Worker)?);
-                    process::find(&path).await?.context("the worker just started does not listen")?
-                }
-            };
+            let stream = launcher.connect(Role::Worker, &mut child).await?;
             session(&agent, stream, &restarts).await
         }
         .await;
         agent.state.lock().worker = None;
         agent.touch();
         let retired = agent.takeover.phase() == Phase::Retired;
-        let end = match &mut child {
-            Some(child) => process::reap(child).await.map_or_else(|e| e.to_string(), process::describe_end),
-            None => "connection closed".to_owned(),
-        };
+        let end = process::ending(child).await;
         if retired {
             tracing::info!(end, "the worker has drained");
             return;

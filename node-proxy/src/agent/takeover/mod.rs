@@ -391,21 +391,28 @@ pub(super) async fn end_own(agent: &Agent) -> anyhow::Result<()> {
 /// When one does not end.
 async fn end_generation(run_dir: &Path, generation: u64) -> anyhow::Result<()> {
     for role in Role::ALL {
-        let path = process::socket(role, run_dir, generation);
-        let mut tries = 0;
-        // Its own agent may be ending it, too: then it goes away in the middle of the question.
-        while let Some(stream) = process::find(&path).await? {
-            match tokio::time::timeout(HELLO_TIMEOUT, pid_of(role, stream)).await {
-                Ok(Ok(pid)) => process::end(pid).await?,
-                Ok(Err(error)) if tries >= MOST_TRIES => return Err(error),
-                Ok(Err(_)) => tokio::time::sleep(BETWEEN_TRIES).await,
-                Err(_) => anyhow::bail!("{} does not answer", path.display()),
-            }
-            tries += 1;
-        }
-        process::remove_socket(&path)?;
+        end_at(role, &process::socket(role, run_dir, generation)).await?;
     }
     Ok(())
+}
+
+/// Ends the process behind a socket, and removes that; none is no error.
+///
+/// # Errors
+/// When it does not end.
+pub(super) async fn end_at(role: Role, path: &Path) -> anyhow::Result<()> {
+    let mut tries = 0;
+    // Its own agent may be ending it, too: then it goes away in the middle of the question.
+    while let Some(stream) = process::find(path).await? {
+        match tokio::time::timeout(HELLO_TIMEOUT, pid_of(role, stream)).await {
+            Ok(Ok(pid)) => process::end(pid).await?,
+            Ok(Err(error)) if tries >= MOST_TRIES => return Err(error),
+            Ok(Err(_)) => tokio::time::sleep(BETWEEN_TRIES).await,
+            Err(_) => anyhow::bail!("{} does not answer", path.display()),
+        }
+        tries += 1;
+    }
+    Ok(process::remove_socket(path)?)
 }
 
 /// Ends worker, keyd and tunnel of agents that are gone, and removes the sockets of those.

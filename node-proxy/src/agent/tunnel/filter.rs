@@ -11,7 +11,7 @@ use redirect_bpf::tunnel::{
     Attach, Device, Pod, Policy, RemoteRange, Role, Strict, TunnelFilter, TunnelOptions, TunnelStatus,
 };
 
-use crate::agent::mesh::{Elsewhere, Mesh};
+use crate::agent::mesh::{Elsewhere, Mesh, Tunnels};
 use crate::config::{NodeConfig, StrictMode, WireguardSettings};
 
 /// The programs around the tunnel.
@@ -22,7 +22,7 @@ pub(super) struct Filter {
 
 /// What the policy depends on besides the mesh.
 pub(super) struct Around<'a> {
-    pub(super) tunnels: &'a [Arc<NodeTunnel>],
+    pub(super) tunnels: &'a Tunnels,
     /// The tunnel's own device and its MTU.
     pub(super) interface: &'a str,
     pub(super) mtu: u16,
@@ -77,26 +77,25 @@ impl Filter {
 }
 
 /// What the programs are to know.
-pub(super) fn policy(settings: &WireguardSettings, own: &str, mesh: &Mesh, around: &Around<'_>) -> Policy {
-    let this = around.tunnels.iter().find(|tunnel| &*tunnel.node == own);
-    let local_ranges = this.map(|this| this.pod_ranges.clone()).unwrap_or_default();
-    let others = || around.tunnels.iter().filter(|tunnel| &*tunnel.node != own);
+pub(super) fn policy(settings: &WireguardSettings, mesh: &Mesh, around: &Around<'_>) -> Policy {
+    let Tunnels { this, others } = around.tunnels;
+    let local_ranges = this.as_ref().map(|this| this.pod_ranges.clone()).unwrap_or_default();
     let ranges = |tunnel: &Arc<NodeTunnel>| -> Vec<RemoteRange> {
         let usable = (around.usable)(&tunnel.node);
         let mtu = Some(usable.map_or(around.mtu, |usable| usable.min(around.mtu)));
         tunnel.pod_ranges.iter().map(|range| RemoteRange { range: *range, mtu }).collect()
     };
-    let mut remote_ranges: Vec<RemoteRange> = others().flat_map(ranges).collect();
+    let mut remote_ranges: Vec<RemoteRange> = others.iter().flat_map(ranges).collect();
     // Of a node without a tunnel the ranges are not known, and its pods are.
-    let with_tunnel: BTreeSet<&str> = around.tunnels.iter().map(|tunnel| &*tunnel.node).collect();
+    let with_tunnel: BTreeSet<&str> = others.iter().map(|tunnel| &*tunnel.node).collect();
     let without = mesh.elsewhere().filter(|pod| !with_tunnel.contains(&*pod.node));
     remote_ranges.extend(
         without.flat_map(|pod| &pod.addresses).map(|at| RemoteRange { range: IpNet::from(*at), mtu: None }),
     );
     let in_pods_range = |address: &&IpAddr| local_ranges.iter().any(|range| range.contains(*address));
-    let node_addresses: BTreeSet<IpAddr> = around
-        .tunnels
+    let node_addresses: BTreeSet<IpAddr> = this
         .iter()
+        .chain(others)
         .flat_map(|tunnel| &tunnel.addresses)
         .chain(around.own_addresses.iter().filter(in_pods_range))
         .copied()
@@ -178,7 +177,10 @@ mod tests {
         ];
         let upserts = pods.into_iter().map(|pod| (pod, "1".to_owned())).collect();
         mesh.apply(Changes { upserts, removals: Vec::new() });
-        let tunnels = [tunnel("a", "192.0.2.1", "10.1.0.0/24"), tunnel("b", "192.0.2.2", "10.2.0.0/24")];
+        let tunnels = Tunnels {
+            this: Some(tunnel("a", "192.0.2.1", "10.1.0.0/24")),
+            others: vec![tunnel("b", "192.0.2.2", "10.2.0.0/24")],
+        };
         let around = Around {
             tunnels: &tunnels,
             interface: "wg",
@@ -188,7 +190,7 @@ mod tests {
             own_addresses: &["10.1.0.1".parse().unwrap(), "192.0.2.1".parse().unwrap()],
         };
         let settings = WireguardSettings { strict: StrictMode::Labelled, ..WireguardSettings::default() };
-        let told = policy(&settings, "a", &mesh, &around);
+        let told = policy(&settings, &mesh, &around);
         assert!(!told.complete, "not everything was heard yet");
         let ranges: Vec<_> = told.remote_ranges.iter().map(|r| (r.range.to_string(), r.mtu)).collect();
         assert_eq!(ranges, [("10.2.0.0/24".to_owned(), Some(1216)), ("10.3.0.5/32".to_owned(), None)]);
@@ -204,6 +206,6 @@ mod tests {
         assert_eq!(devices, [("eth0", Role::Uplink), ("wg", Role::Tunnel)]);
 
         RESOURCE_TYPES.into_iter().for_each(|t| mesh.completed(t));
-        assert!(policy(&settings, "a", &mesh, &around).complete);
+        assert!(policy(&settings, &mesh, &around).complete);
     }
 }

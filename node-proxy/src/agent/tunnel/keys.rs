@@ -159,21 +159,21 @@ impl Keys {
     /// What is to be done now, given the sessions and whether other nodes were told of [`Self::announced`]. No change of
     /// keys begins unless this is the node's only process.
     pub(super) fn step(&mut self, sessions: &TunnelDocument, told: bool, only: bool, now: Duration) -> Step {
-        if let Stage::Leaving { since } = self.stage {
-            self.hear(received(sessions, None), now);
-            let silent = now >= self.heard.1.max(since) + SILENCE;
-            return if silent || now >= since + self.overlap { Step::End } else { Step::Wait(LISTEN) };
-        }
-        let Some(&(newest, _)) = self.own.last() else { return Step::Make(self.last_generation + 1) };
-        match self.stage {
-            Stage::Steady if !only => Step::Wait(LISTEN),
-            Stage::Steady if self.wanted => Step::Make(self.last_generation + 1),
-            Stage::Steady if self.rotate_after.is_zero() => Step::Wait(Duration::from_secs(3600)),
-            Stage::Steady => match (self.made + self.rotate_after).checked_sub(now) {
+        match (self.stage, self.own.last().map(|(newest, _)| *newest)) {
+            (Stage::Leaving { since }, _) => {
+                self.hear(received(sessions, None), now);
+                let silent = now >= self.heard.1.max(since) + SILENCE;
+                if silent || now >= since + self.overlap { Step::End } else { Step::Wait(LISTEN) }
+            }
+            (_, None) => Step::Make(self.last_generation + 1),
+            (Stage::Steady, _) if !only => Step::Wait(LISTEN),
+            (Stage::Steady, _) if self.wanted => Step::Make(self.last_generation + 1),
+            (Stage::Steady, _) if self.rotate_after.is_zero() => Step::Wait(Duration::from_secs(3600)),
+            (Stage::Steady, _) => match (self.made + self.rotate_after).checked_sub(now) {
                 Some(left) if !left.is_zero() => Step::Wait(left),
                 _ => Step::Make(self.last_generation + 1),
             },
-            Stage::Introduced { since } => {
+            (Stage::Introduced { since }, Some(newest)) => {
                 let moved = sessions.peers.values().all(|peer| {
                     // A node with which there is no session hears of the new key with its first.
                     let sending = peer.sessions.iter().find(|session| session.sending);
@@ -186,7 +186,7 @@ impl Keys {
                 }
                 Step::Wait(if now < since + SILENCE { Duration::from_millis(200) } else { LISTEN })
             }
-            Stage::Retiring { since } => {
+            (Stage::Retiring { since }, Some(newest)) => {
                 self.hear(received(sessions, Some(newest)), now);
                 let silent = told && now >= self.heard.1.max(since) + SILENCE;
                 if silent || now >= since + self.overlap {
@@ -194,7 +194,6 @@ impl Keys {
                 }
                 Step::Wait(LISTEN)
             }
-            Stage::Leaving { .. } => Step::End,
         }
     }
 

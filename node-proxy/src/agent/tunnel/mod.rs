@@ -41,7 +41,7 @@ pub(super) use self::metrics::text as metrics;
 use self::session::Session;
 use super::Agent;
 use super::process::{self, Launcher, Restarts};
-use super::takeover::Phase;
+use super::takeover::{self, Phase};
 use crate::child::Role;
 use crate::config::{NodeConfig, WireguardSettings};
 use crate::tunnel::TunnelDocument;
@@ -109,8 +109,7 @@ impl Tunnel {
     /// # Errors
     /// When there is no tunnel.
     pub(super) fn rotate(&self) -> anyhow::Result<String> {
-        let report = self.report();
-        report.context("this node has no tunnel; set wireguard.enabled")?;
+        anyhow::ensure!(self.report.lock().is_some(), "this node has no tunnel; set wireguard.enabled");
         self.rotate.notify_one();
         Ok("the tunnel's keys are being changed; the status says when it is done".to_owned())
     }
@@ -127,36 +126,19 @@ pub(super) async fn keep(agent: Arc<Agent>, launcher: Launcher) {
         restarts.started();
         let mut child = None;
         let ended = async {
-            let path = launcher.socket(Role::Tunnel);
-            let stream = match process::find(&path).await? {
-                Some(stream) => {
-                    tracing::info!("adopting the tunnel that runs");
-                    stream
-                }
-                None => {
-                    child = Some(launcher.start(Role::Tunnel)?);
-                    process::find(&path).await?.context("the tunnel just started does not listen")?
-                }
-            };
+            let stream = launcher.connect(Role::Tunnel, &mut child).await?;
             let (link, found) = TunnelLink::greet(stream).await?;
             *agent.tunnel.pid.lock() = Some(found.pid);
-            Session::start(&agent, path, link, found)?.run(&restarts).await
+            Session::start(&agent, launcher.socket(Role::Tunnel), link, found)?.run(&restarts).await
         }
         .await;
         *agent.tunnel.pid.lock() = None;
         let retired = agent.takeover.phase() == Phase::Retired;
+        let end = process::ending(child).await;
         if retired && ended.is_ok() {
-            if let Some(child) = &mut child {
-                // Told to end; how it does is of no interest.
-                let _ = process::reap(child).await;
-            }
             tracing::info!("nobody sends to this agent's tunnel any more; it is gone");
             return;
         }
-        let end = match &mut child {
-            Some(child) => process::reap(child).await.map_or_else(|e| e.to_string(), process::describe_end),
-            None => "connection closed".to_owned(),
-        };
         let error = ended.err().map(|e| format!("{e:#}"));
         if retired {
             tracing::info!(end, error, "this agent's tunnel is gone");
@@ -183,7 +165,7 @@ pub(super) async fn keep(agent: Arc<Agent>, launcher: Launcher) {
 /// do not send into a tunnel that is no more.
 async fn keep_none(agent: &Agent) {
     agent.takeover.decided().await;
-    let is_known = |agent: &Agent| agent.state.lock().mesh.tunnel(&agent.config.node.name).is_some();
+    let is_known = |agent: &Agent| agent.state.lock().mesh.own_tunnel().is_some();
     let mut changes = agent.changed.subscribe();
     let mut removed = false;
     let mut told: Option<Instant> = None;
@@ -231,10 +213,7 @@ fn has_successor(agent: &Agent) -> bool {
 async fn remove(agent: &Agent) -> anyhow::Result<()> {
     let all = process::sockets(Role::Tunnel, &agent.config.node.run_dir)?;
     for (_, path) in all.into_iter().filter(|(generation, _)| *generation <= agent.takeover.generation) {
-        if let Some(stream) = process::find(&path).await? {
-            process::end(pid_of(stream).await?).await?;
-        }
-        process::remove_socket(&path)?;
+        takeover::end_at(Role::Tunnel, &path).await?;
     }
     remove_traces(&agent.config).await
 }

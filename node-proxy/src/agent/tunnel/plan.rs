@@ -10,6 +10,7 @@ use wireguard::device::{PeerKey, PeerNode, PublicKey};
 use wireguard::net::probe::{self, Target};
 use wireguard::net::{self, Inputs, LocalNode, PeerRoute, TunnelDevice, mtu};
 
+use crate::agent::mesh::Tunnels;
 use crate::config::WireguardSettings;
 
 /// IPv6 needs so many bytes (RFC 8200 section 5).
@@ -28,7 +29,7 @@ pub(super) fn routing(settings: &WireguardSettings) -> net::Settings {
 }
 
 /// The other nodes.
-pub(super) fn peers(own: &str, tunnels: &[Arc<NodeTunnel>]) -> Vec<PeerNode> {
+pub(super) fn peers(tunnels: &Tunnels) -> Vec<PeerNode> {
     let peer = |tunnel: &Arc<NodeTunnel>| PeerNode {
         name: tunnel.node.to_string(),
         keys: tunnel
@@ -48,18 +49,17 @@ pub(super) fn peers(own: &str, tunnels: &[Arc<NodeTunnel>]) -> Vec<PeerNode> {
             .chain(tunnel.addresses.iter().map(|address| IpNet::from(*address)))
             .collect(),
     };
-    tunnels.iter().filter(|tunnel| &*tunnel.node != own).map(peer).collect()
+    tunnels.others.iter().map(peer).collect()
 }
 
 /// What routes depend on. Without an entry for this node itself there are none: its pods' ranges are not known.
 pub(super) fn inputs(
-    own: &str,
-    tunnels: &[Arc<NodeTunnel>],
+    tunnels: &Tunnels,
     interface: &str,
     mtu: u16,
     usable: impl Fn(&str) -> Option<u16>,
 ) -> Inputs {
-    let Some(this) = tunnels.iter().find(|tunnel| &*tunnel.node == own) else { return Inputs::default() };
+    let Some(this) = &tunnels.this else { return Inputs::default() };
     let peer = |tunnel: &Arc<NodeTunnel>| PeerRoute {
         name: tunnel.node.to_string(),
         device: interface.to_owned(),
@@ -70,20 +70,19 @@ pub(super) fn inputs(
     Inputs {
         local: LocalNode { pod_ranges: this.pod_ranges.clone(), node_addresses: this.addresses.clone() },
         devices: vec![TunnelDevice { name: interface.to_owned(), mtu }],
-        peers: tunnels.iter().filter(|tunnel| &*tunnel.node != own).map(peer).collect(),
+        peers: tunnels.others.iter().map(peer).collect(),
     }
 }
 
 /// Where the paths to these nodes are probed: from an address of this node in its pods' range to the one that the other
 /// node has by custom in its own. None for a node where there are no such.
 pub(super) fn targets(
-    own: &str,
-    tunnels: &[Arc<NodeTunnel>],
+    tunnels: &Tunnels,
     own_addresses: &[IpAddr],
     device_mtu: u16,
     nodes: &BTreeSet<&str>,
 ) -> Vec<Target> {
-    let Some(this) = tunnels.iter().find(|tunnel| &*tunnel.node == own) else { return Vec::new() };
+    let Some(this) = &tunnels.this else { return Vec::new() };
     let is_local = |address: &&IpAddr| this.pod_ranges.iter().any(|range| range.contains(*address));
     let sources: Vec<IpAddr> = own_addresses.iter().filter(is_local).copied().collect();
     let target = |peer: &Arc<NodeTunnel>| -> Option<Target> {
@@ -98,24 +97,16 @@ pub(super) fn targets(
         let endpoint = *peer.addresses.first()?;
         Some(Target { peer: peer.node.to_string(), source, address, endpoint, device_mtu })
     };
-    tunnels.iter().filter(|tunnel| nodes.contains(&*tunnel.node)).filter_map(target).collect()
+    tunnels.others.iter().filter(|tunnel| nodes.contains(&*tunnel.node)).filter_map(target).collect()
 }
 
 /// MTU of the tunnel's interface: what was set, else what fits the smallest MTU of the devices that lead to other nodes.
-pub(super) fn mtu(
-    settings: &WireguardSettings,
-    own: &str,
-    tunnels: &[Arc<NodeTunnel>],
-    uplinks: Option<u16>,
-) -> u16 {
+pub(super) fn mtu(settings: &WireguardSettings, tunnels: &Tunnels, uplinks: Option<u16>) -> u16 {
     if settings.mtu != 0 {
         return settings.mtu;
     }
-    let others: Vec<IpAddr> = tunnels
-        .iter()
-        .filter(|tunnel| &*tunnel.node != own)
-        .filter_map(|tunnel| tunnel.addresses.first().copied())
-        .collect();
+    let others: Vec<IpAddr> =
+        tunnels.others.iter().filter_map(|tunnel| tunnel.addresses.first().copied()).collect();
     mtu::of_device(uplinks.unwrap_or(USUAL_MTU), &others)
 }
 
@@ -146,19 +137,27 @@ mod tests {
         })
     }
 
+    /// As node a sees them.
+    fn a_and_b() -> Tunnels {
+        Tunnels {
+            this: Some(tunnel("a", "192.0.2.1", "10.1.0.0/24")),
+            others: vec![tunnel("b", "192.0.2.2", "10.2.0.0/24")],
+        }
+    }
+
     #[test]
     fn a_node_may_send_from_its_pods_and_from_itself_and_only_pods_are_routed() {
-        let tunnels = [tunnel("a", "192.0.2.1", "10.1.0.0/24"), tunnel("b", "192.0.2.2", "10.2.0.0/24")];
-        let peers = peers("a", &tunnels);
+        let tunnels = a_and_b();
+        let peers = peers(&tunnels);
         assert_eq!(peers.len(), 1, "not itself");
         let allowed: Vec<String> = peers[0].allowed_ips.iter().map(ToString::to_string).collect();
         assert_eq!(allowed, ["10.2.0.0/24", "192.0.2.2/32"]);
 
-        let inputs = inputs("a", &tunnels, "wg", 1408, |_| None);
-        assert_eq!(inputs.local.pod_ranges, tunnels[0].pod_ranges);
-        assert_eq!(inputs.peers[0].pod_ranges, tunnels[1].pod_ranges);
+        let inputs = inputs(&tunnels, "wg", 1408, |_| None);
+        assert_eq!(Some(inputs.local.pod_ranges), tunnels.this.as_ref().map(|a| a.pod_ranges.clone()));
+        assert_eq!(inputs.peers[0].pod_ranges, tunnels.others[0].pod_ranges);
         assert_eq!(
-            super::inputs("c", &tunnels, "wg", 1408, |_| None),
+            super::inputs(&Tunnels { this: None, ..tunnels }, "wg", 1408, |_| None),
             Inputs::default(),
             "nothing is known of this node"
         );
@@ -166,9 +165,9 @@ mod tests {
 
     #[test]
     fn a_path_is_probed_between_what_both_nodes_have_among_their_pods() {
-        let tunnels = [tunnel("a", "192.0.2.1", "10.1.0.0/24"), tunnel("b", "192.0.2.2", "10.2.0.0/24")];
+        let tunnels = a_and_b();
         let own = ["192.0.2.1".parse().unwrap(), "10.1.0.1".parse().unwrap()];
-        let targets = |own: &[IpAddr]| targets("a", &tunnels, own, 1408, &BTreeSet::from(["b", "c"]));
+        let targets = |own: &[IpAddr]| targets(&tunnels, own, 1408, &BTreeSet::from(["b", "c"]));
         let expected = Target {
             peer: "b".to_owned(),
             source: "10.1.0.1".parse().unwrap(),
@@ -183,10 +182,10 @@ mod tests {
     #[test]
     fn the_devices_that_lead_to_other_nodes_give_the_mtu() {
         let settings = WireguardSettings::default();
-        let tunnels = [tunnel("a", "192.0.2.1", "10.1.0.0/24"), tunnel("b", "192.0.2.2", "10.2.0.0/24")];
-        assert_eq!(mtu(&settings, "a", &tunnels, Some(9000)), 8928);
-        assert_eq!(mtu(&settings, "a", &tunnels, None), 1440, "nothing is known yet");
+        let tunnels = a_and_b();
+        assert_eq!(mtu(&settings, &tunnels, Some(9000)), 8928);
+        assert_eq!(mtu(&settings, &tunnels, None), 1440, "nothing is known yet");
         let set = WireguardSettings { mtu: 1300, ..settings };
-        assert_eq!(mtu(&set, "a", &tunnels, Some(9000)), 1300);
+        assert_eq!(mtu(&set, &tunnels, Some(9000)), 1300);
     }
 }

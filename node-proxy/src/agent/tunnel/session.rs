@@ -18,8 +18,9 @@ use super::filter::{self, Around, Filter};
 use super::keys::{Keys, Step, registered};
 use super::link::{Found, HeldKey, TunnelLink};
 use super::paths::Paths;
-use super::{TunnelReport, others, plan};
+use super::{AGAIN, TunnelReport, others, plan};
 use crate::agent::Agent;
+use crate::agent::mesh::Tunnels;
 use crate::agent::process::{self, Restarts};
 use crate::agent::takeover::Phase;
 use crate::config::WireguardSettings;
@@ -40,20 +41,18 @@ const ROUTES_EVERY: Duration = Duration::from_secs(30);
 const SETTLE: Duration = Duration::from_secs(5);
 /// How long after this node was told of its keys all others have been.
 const ALL_TOLD: Duration = Duration::from_secs(2);
-/// When the controller has the keys and has not told this node so, it is told them again.
-const DISTRUST: Duration = Duration::from_secs(30);
 
 /// One process.
 pub(super) struct Session<'a> {
     agent: &'a Arc<Agent>,
-    settings: WireguardSettings,
+    settings: &'a WireguardSettings,
     /// Of the process's control socket.
     path: PathBuf,
     link: TunnelLink,
     pid: u32,
     port: u16,
-    /// What it runs on; none before the node is this agent's.
-    opened: Option<TunnelOpen>,
+    /// It has what it runs on, as it does once the node is this agent's.
+    opened: bool,
     /// Sockets of its port, until it has them.
     sockets: Vec<UdpSocket>,
     keys: Keys,
@@ -86,7 +85,7 @@ pub(super) struct Session<'a> {
     said: Registration,
     told_since: Option<Instant>,
     /// The nodes' tunnels when the controller last told of this one's, and whether it does.
-    last: Vec<Arc<NodeTunnel>>,
+    last: Option<Tunnels>,
     known: bool,
     /// Whether it did when this session began.
     was_known: bool,
@@ -101,16 +100,17 @@ impl<'a> Session<'a> {
         link: TunnelLink,
         found: Found,
     ) -> anyhow::Result<Session<'a>> {
-        let settings = agent.config.wireguard.clone();
+        let settings = &agent.config.wireguard;
         let Found { pid, opened, keys } = found;
         let (port, sockets) = match &opened {
             Some(opened) => (u16::try_from(opened.port).context("the tunnel's port is none")?, Vec::new()),
-            None => claim(&settings, keys.first().map(|held| held.key.ports[0]))?,
+            None => claim(settings, keys.first().map(|held| held.key.ports[0]))?,
         };
         let own = keys.iter().map(|held| (held.key.generation, held.key.public_key)).collect();
         let keys = Keys::new(own, 0, settings.rotate_after, settings.overlap, Duration::ZERO);
-        let router = Router::open(plan::routing(&settings)).context("cannot look at the routes")?;
-        tracing::info!(pid, port, opened = opened.is_some(), "the tunnel's process is connected");
+        let router = Router::open(plan::routing(settings)).context("cannot look at the routes")?;
+        let opened = opened.is_some();
+        tracing::info!(pid, port, opened, "the tunnel's process is connected");
         Ok(Session {
             agent,
             settings,
@@ -143,7 +143,7 @@ impl<'a> Session<'a> {
             looked: None,
             said: Registration::None,
             told_since: None,
-            last: Vec::new(),
+            last: None,
             known: false,
             was_known: false,
         })
@@ -170,15 +170,14 @@ impl<'a> Session<'a> {
                 let state = self.agent.state.lock();
                 (state.mesh.is_complete(), state.mesh.tunnels())
             };
-            let own = &self.agent.config.node.name;
-            let this = tunnels.iter().find(|tunnel| *tunnel.node == *own).cloned();
+            let this = tunnels.this.clone();
             self.look_at_others().await?;
             let known = this.iter().flat_map(|this| &this.keys);
             let given = known.chain(self.keys_of_others().map(|held| &held.key)).map(|key| key.generation);
             self.keys.given(given.max().unwrap_or_default());
 
             let looks = self.looked.is_none_or(|at| at.elapsed() >= LOOK_SELDOM);
-            if looks && self.opened.is_some() {
+            if looks && self.opened {
                 self.document = self.link.status().await?;
             }
             life.works();
@@ -202,7 +201,7 @@ impl<'a> Session<'a> {
             };
             // What is not known of other nodes is no reason to forget what the kernel and the process know of them.
             if complete {
-                self.keep_up(phase, tunnels, this.is_some()).await?;
+                self.keep_up(phase, tunnels).await?;
             }
             self.tell(phase).await?;
             if looks || self.said != said {
@@ -231,55 +230,50 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Has process and kernel follow what the controller says of the nodes. `known`: of this one, too.
-    async fn keep_up(
-        &mut self,
-        phase: Phase,
-        mut tunnels: Vec<Arc<NodeTunnel>>,
-        known: bool,
-    ) -> anyhow::Result<()> {
+    /// Has process and kernel follow what the controller says of the nodes.
+    async fn keep_up(&mut self, phase: Phase, mut tunnels: Tunnels) -> anyhow::Result<()> {
+        self.known = tunnels.this.is_some();
         if self.looked.is_none() {
-            self.was_known = known;
+            self.was_known = self.known;
         }
-        self.known = known;
-        if known {
-            self.last.clone_from(&tunnels);
-        } else if !self.last.is_empty() {
+        if self.known {
+            self.last = Some(tunnels.clone());
+        } else if let Some(last) = &self.last {
             // Nobody takes a tunnel back that this node wants: its pods' packets do not go out in plain for it.
-            tunnels.clone_from(&self.last);
+            tunnels.clone_from(last);
         }
+        let addresses = plan::own_addresses();
         self.wrong.clear();
         self.look_at_uplinks(&tunnels).await;
-        if phase == Phase::InCharge
-            && self.opened.is_none()
+        if self.opened {
+            self.configure(&tunnels).await?;
+        } else if phase == Phase::InCharge
             && let Err(error) = self.open(&tunnels).await
         {
             // What cannot go through the tunnel is refused meanwhile.
             self.route(&tunnels).await?;
-            self.filter(&tunnels);
+            self.filter(&tunnels, &addresses);
             return Err(error);
         }
-        if self.opened.is_some() {
-            self.configure(&tunnels).await?;
-        }
         if phase == Phase::InCharge {
-            self.probe(&tunnels).await;
+            self.probe(&tunnels, &addresses);
             // Where packets went in plain until now they go on so until the other nodes know whose they are.
             let is_new = !self.was_known && self.routed.is_none() && !self.all_told();
             if !is_new {
                 self.route(&tunnels).await?;
             }
-            self.filter(&tunnels);
+            self.filter(&tunnels, &addresses);
         }
         Ok(())
     }
 
     /// Opens what the process runs on and hands it over.
-    async fn open(&mut self, tunnels: &[Arc<NodeTunnel>]) -> anyhow::Result<()> {
+    async fn open(&mut self, tunnels: &Tunnels) -> anyhow::Result<()> {
         let apply = self.configuration(tunnels);
         let mtu = u16::try_from(apply.mtu).unwrap_or(u16::MAX);
         // From now on packets come to this process alone; those under way in another one are still sent by it.
-        self.others = others(&self.agent.config.node.run_dir, &self.path).await?;
+        self.others_asked = None;
+        self.look_at_others().await?;
         let theirs = self.others.iter().filter_map(|other| other.opened.as_ref()).map(|open| open.queues);
         let before = usize::try_from(theirs.sum::<u32>()).unwrap_or(usize::MAX);
         let interface = user::interface(&self.settings.interface, mtu, user::QUEUES, before)?;
@@ -299,8 +293,8 @@ impl<'a> Session<'a> {
         self.sockets.iter().for_each(drain);
         let mut descriptors: Vec<OwnedFd> = interface.queues;
         descriptors.extend(std::mem::take(&mut self.sockets).into_iter().map(OwnedFd::from));
-        let conflicts = self.link.open(open.clone(), &descriptors).await?;
-        self.opened = Some(open);
+        let conflicts = self.link.open(open, &descriptors).await?;
+        self.opened = true;
         self.configured(apply, conflicts);
         Ok(())
     }
@@ -330,7 +324,7 @@ impl<'a> Session<'a> {
         if told {
             self.registered_since = Some(Instant::now());
             self.told_since.get_or_insert_with(Instant::now);
-        } else if since.elapsed() >= DISTRUST {
+        } else if since.elapsed() >= AGAIN {
             self.agent.controller.reporter.tell_keys_again();
             self.registered_since = None;
         }
@@ -362,7 +356,7 @@ impl<'a> Session<'a> {
     }
 
     /// Tells the process of its keys and of the other nodes.
-    async fn configure(&mut self, tunnels: &[Arc<NodeTunnel>]) -> anyhow::Result<()> {
+    async fn configure(&mut self, tunnels: &Tunnels) -> anyhow::Result<()> {
         let apply = self.configuration(tunnels);
         if self.applied.as_ref() != Some(&apply) {
             let conflicts = self.link.apply(apply.clone()).await?;
@@ -371,10 +365,9 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn configuration(&self, tunnels: &[Arc<NodeTunnel>]) -> TunnelApply {
-        let name = &self.agent.config.node.name;
-        let mtu = u32::from(plan::mtu(&self.settings, name, tunnels, self.uplink_mtu));
-        let peers = to_wire(&plan::peers(name, tunnels));
+    fn configuration(&self, tunnels: &Tunnels) -> TunnelApply {
+        let mtu = u32::from(plan::mtu(self.settings, tunnels, self.uplink_mtu));
+        let peers = to_wire(&plan::peers(tunnels));
         TunnelApply { generations: self.keys.generations(), peers, mtu }
     }
 
@@ -383,23 +376,15 @@ impl<'a> Session<'a> {
             tracing::warn!(conflict, "a node's tunnel is not used as it was announced");
         }
         self.conflicts = conflicts;
-        if let Some(opened) = &mut self.opened {
-            opened.mtu = apply.mtu;
-        }
         self.applied = Some(apply);
     }
 
     /// Finds out how large packets may be on the way to nodes with which there is a session.
-    async fn probe(&mut self, tunnels: &[Arc<NodeTunnel>]) {
-        if self.opened.is_none() {
-            return;
-        }
-        let mtu = self.mtu();
+    fn probe(&mut self, tunnels: &Tunnels, addresses: &[IpAddr]) {
         let peers = self.document.peers.iter().filter(|(_, peer)| peer.sessions.iter().any(|s| s.sending));
         let peers: BTreeSet<&str> = peers.map(|(name, _)| name.as_str()).collect();
-        let own = &self.agent.config.node.name;
-        let targets = plan::targets(own, tunnels, &plan::own_addresses(), mtu, &peers);
-        self.paths.look(targets, |node| tunnels.iter().any(|tunnel| &*tunnel.node == node));
+        let targets = plan::targets(tunnels, addresses, self.mtu(), &peers);
+        self.paths.look(targets, |node| tunnels.others.iter().any(|tunnel| &*tunnel.node == node));
     }
 
     /// MTU of the tunnel's interface, which may not be there yet.
@@ -409,9 +394,9 @@ impl<'a> Session<'a> {
     }
 
     /// Brings the kernel's routes in line.
-    async fn route(&mut self, tunnels: &[Arc<NodeTunnel>]) -> anyhow::Result<()> {
-        let (own, interface) = (&self.agent.config.node.name, &self.settings.interface);
-        let inputs = plan::inputs(own, tunnels, interface, self.mtu(), |peer| self.paths.usable_mtu(peer));
+    async fn route(&mut self, tunnels: &Tunnels) -> anyhow::Result<()> {
+        let interface = &self.settings.interface;
+        let inputs = plan::inputs(tunnels, interface, self.mtu(), |peer| self.paths.usable_mtu(peer));
         let due =
             self.routed.as_ref().is_none_or(|(last, at)| *last != inputs || at.elapsed() >= ROUTES_EVERY);
         if !due {
@@ -425,7 +410,7 @@ impl<'a> Session<'a> {
                 self.routed = Some((inputs, Instant::now()));
             }
             Err(error) => {
-                if let (net::Error::NoDevice(_), Some(_)) = (&error, &self.opened) {
+                if self.opened && matches!(error, net::Error::NoDevice(_)) {
                     // The process has descriptors of a device that is no more.
                     process::end(self.pid).await?;
                     return Err(anyhow::Error::new(error).context("somebody removed the tunnel's interface"));
@@ -438,10 +423,8 @@ impl<'a> Session<'a> {
     }
 
     /// Finds out by which devices packets to the other nodes leave this one.
-    async fn look_at_uplinks(&mut self, tunnels: &[Arc<NodeTunnel>]) {
-        let own = &self.agent.config.node.name;
-        let others = tunnels.iter().filter(|tunnel| *tunnel.node != *own);
-        let nodes: Vec<IpAddr> = others.flat_map(|tunnel| tunnel.addresses.iter().copied()).collect();
+    async fn look_at_uplinks(&mut self, tunnels: &Tunnels) {
+        let nodes: Vec<IpAddr> = tunnels.others.iter().flat_map(|tunnel| tunnel.addresses.clone()).collect();
         let known = self.uplinks_of.as_ref();
         if known.is_some_and(|(of, since)| *of == nodes && since.elapsed() < ROUTES_EVERY) {
             return;
@@ -458,14 +441,14 @@ impl<'a> Session<'a> {
     }
 
     /// Tells the programs around the tunnel what there is.
-    fn filter(&mut self, tunnels: &[Arc<NodeTunnel>]) {
-        if let Err(error) = self.try_filter(tunnels) {
+    fn filter(&mut self, tunnels: &Tunnels, addresses: &[IpAddr]) {
+        if let Err(error) = self.try_filter(tunnels, addresses) {
             self.wrong
                 .push(format!("what must not cross between nodes in clear text is not all dropped: {error}"));
         }
     }
 
-    fn try_filter(&mut self, tunnels: &[Arc<NodeTunnel>]) -> Result<(), redirect_bpf::Error> {
+    fn try_filter(&mut self, tunnels: &Tunnels, addresses: &[IpAddr]) -> Result<(), redirect_bpf::Error> {
         let mtu = self.mtu();
         let filter = match &mut self.filter {
             Some(filter) => filter,
@@ -478,11 +461,11 @@ impl<'a> Session<'a> {
             mtu,
             usable: &|peer| self.paths.usable_mtu(peer),
             uplinks: &uplinks,
-            own_addresses: &plan::own_addresses(),
+            own_addresses: addresses,
         };
         let policy = {
             let state = self.agent.state.lock();
-            filter::policy(&self.settings, &self.agent.config.node.name, &state.mesh, &around)
+            filter::policy(self.settings, &state.mesh, &around)
         };
         filter.apply(policy)
     }
@@ -512,7 +495,7 @@ impl<'a> Session<'a> {
             findings.push(error.to_string());
             None
         });
-        if *said == Registration::Registered && !self.known && self.since.elapsed() >= DISTRUST {
+        if *said == Registration::Registered && !self.known && self.since.elapsed() >= AGAIN {
             findings.push(
                 "the controller tells of no tunnel of this node, so other nodes send nothing through it: look at the Node's \
                  status.addresses and spec.podCIDRs"
@@ -526,7 +509,7 @@ impl<'a> Session<'a> {
             Registration::Pending(why) if why.is_empty() => ("the controller is being told".to_owned(), true),
             Registration::Pending(why) => (format!("not yet registered: {why}"), true),
             Registration::Registered if !all_told => {
-                ("registered, and other nodes are being told".to_owned(), self.since.elapsed() < DISTRUST)
+                ("registered, and other nodes are being told".to_owned(), self.since.elapsed() < AGAIN)
             }
             Registration::Registered => ("registered".to_owned(), false),
             Registration::Refused(why) => {
