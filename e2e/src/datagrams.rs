@@ -8,9 +8,9 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 use testbed::{Launch, Pod, Process, wait};
 
+use crate::talk::PYTHON;
+
 const PROGRAM: &str = include_str!("../programs/datagrams.py");
-/// Debian's own, whatever else is first on PATH.
-const PYTHON: &str = "/usr/bin/python3";
 /// How long a program may take to begin or to end.
 const LIMIT: Duration = Duration::from_secs(30);
 

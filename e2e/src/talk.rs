@@ -9,7 +9,7 @@ use testbed::{Launch, Pod, Process, wait};
 
 const PROGRAM: &str = include_str!("../programs/talk.py");
 /// Debian's own, whatever else is first on PATH.
-const PYTHON: &str = "/usr/bin/python3";
+pub(crate) const PYTHON: &str = "/usr/bin/python3";
 /// How long a server may take to listen or to write a line.
 const LIMIT: Duration = Duration::from_secs(20);
 

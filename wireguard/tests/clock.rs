@@ -5,6 +5,7 @@
 
 mod net;
 mod peer;
+mod require;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicI64, Ordering};

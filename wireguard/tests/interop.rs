@@ -3,6 +3,7 @@
 
 mod net;
 mod peer;
+mod require;
 
 use std::collections::HashSet;
 use std::net::{SocketAddr, UdpSocket};

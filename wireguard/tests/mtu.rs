@@ -1,5 +1,6 @@
 //! Sizes: what routes tell pods, what SYNs are told, and paths that are narrower than they say.
 #![allow(clippy::unwrap_used)]
+mod require;
 mod support;
 
 use std::{

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod net;
+mod require;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};

@@ -1,5 +1,6 @@
 //! Routes and rules in namespaces of their own, with real sockets in pods and a listener on the wire between the nodes.
 #![allow(clippy::unwrap_used)]
+mod require;
 mod support;
 
 use std::net::SocketAddr;
@@ -248,13 +249,7 @@ fn beside_a_vxlan_cni_pods_use_the_tunnel_and_not_the_overlay() {
     let world = World::new(2);
     let _tunnels = world.tunnels(Node::v4);
     let (a, b) = (&world.nodes[0], &world.nodes[1]);
-    for (node, peer) in [(a, b), (b, a)] {
-        let (own, other, n, p) = (node.v4(), peer.v4(), node.number, peer.number);
-        node.netns.ip(&format!("link add flannel.1 type vxlan id 1 local {own} remote {other} dstport 8472"));
-        node.netns.ip(&format!("address add 10.92.{n}.0/32 dev flannel.1"));
-        node.netns.ip("link set flannel.1 up");
-        node.netns.ip(&format!("route add 10.92.{p}.0/24 via 10.92.{p}.0 dev flannel.1 onlink"));
-    }
+    world.overlay();
     let wire = world.wire();
     udp_echo(&a.pod, &b.pod, b.pod_v4(), CANARY).unwrap();
     assert!(wire.packets().iter().any(|packet| packet.destination_port == 8472 && packet.shows(CANARY)));

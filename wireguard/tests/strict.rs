@@ -1,5 +1,6 @@
 //! Strict mode on real devices: what bypasses the tunnel is dropped, counted and named.
 #![allow(clippy::unwrap_used)]
+mod require;
 mod support;
 
 use std::net::SocketAddr;
@@ -144,13 +145,7 @@ fn clear_text_in_an_overlay_is_seen_on_the_device_under_it() {
     let world = World::new(2);
     let _tunnels = world.tunnels(Node::v4);
     let (a, b) = (&world.nodes[0], &world.nodes[1]);
-    for (node, peer) in [(a, b), (b, a)] {
-        let (own, other, n, p) = (node.v4(), peer.v4(), node.number, peer.number);
-        node.netns.ip(&format!("link add flannel.1 type vxlan id 1 local {own} remote {other} dstport 8472"));
-        node.netns.ip(&format!("address add 10.92.{n}.0/32 dev flannel.1"));
-        node.netns.ip("link set flannel.1 up");
-        node.netns.ip(&format!("route add 10.92.{p}.0/24 via 10.92.{p}.0 dev flannel.1 onlink"));
-    }
+    world.overlay();
     // No routes of ours at all: everything takes the overlay.
     udp_echo(&a.pod, &b.pod, b.pod_v4(), CANARY).unwrap();
     let filter = Filter::new(&world, 0, MTU, Attach::Best);

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod net;
+mod require;
 
 use net::exchange::{deliver, echo, stream, udp};
 use net::{Node, Switch, TUN, outer4, outer6, pair, pod4, pod6, until};

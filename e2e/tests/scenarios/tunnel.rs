@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::{Outcome, Stage, addresses, datagrams, talk};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use testbed::{Capture, Captured, Node, Pod, PodSpec, wait};
+use testbed::{Capture, Captured, Node, Pod, PodSpec, Process, wait};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const CANARY: &str = "canary-of-the-tunnel";
@@ -45,6 +45,14 @@ fn through_the_mesh(stage: &Stage) -> Result<()> {
     let looked = talk::call(&stage.client, "look", addresses(&stage.far)[0], PORT + 2)?;
     ensure!(looked["answer"] == "ping", "{looked}");
     Ok(())
+}
+
+/// Another agent has the node, and the one before has ended: returns that.
+fn hand_over(stage: &Stage, node: &Node) -> Result<Process> {
+    let mut old = stage.mesh.replace_agent(node)?;
+    old.signal_alone(Signal::SIGTERM)?;
+    ensure!(old.wait(LIMIT)?.success(), "the old agent failed:\n{}", old.log()?);
+    Ok(old)
 }
 
 fn report(node: &Node) -> Result<Value> {
@@ -177,9 +185,7 @@ pub(crate) fn an_agent_takes_the_tunnel_over_from_another_and_hardly_a_datagram_
         let mut stream = talk::caller(&stage.stranger, "keep_asking", addresses(&beyond)[0], PORT).spawn()?;
         for node in stage.mesh.nodes() {
             let before = report(node)?["tunnel"]["port"].clone();
-            let mut old = stage.mesh.replace_agent(node)?;
-            old.signal_alone(Signal::SIGTERM)?;
-            ensure!(old.wait(LIMIT)?.success(), "the old agent failed:\n{}", old.log()?);
+            hand_over(stage, node)?;
             let after =
                 tunnel_until(node, "only the new process", |report| report["tunnel"]["port"].is_u64())?;
             ensure!(after["tunnel"]["port"] != before, "the port is that of the process before: {after:#}");
@@ -310,9 +316,7 @@ pub(crate) fn a_node_that_is_to_have_no_tunnel_any_more_and_one_that_is_uninstal
         let [first, second] = [stage.mesh.node(1), stage.mesh.node(2)];
         ensure!(!traces(first)?.is_empty(), "nothing tells of a tunnel");
         stage.mesh.node_setting("/wireguard/enabled", json!(false))?;
-        let mut old = stage.mesh.replace_agent(first)?;
-        old.signal_alone(Signal::SIGTERM)?;
-        ensure!(old.wait(LIMIT)?.success(), "the old agent failed");
+        hand_over(stage, first)?;
         wait::until("no trace of the tunnel", LIMIT, || Ok(traces(first)?.is_empty().then_some(())))?;
         tunnel_until(second, "the first node has none", |report| report["tunnel"]["peers"] == json!({}))?;
         wait::until("datagrams go in plain", LIMIT, || {
@@ -321,9 +325,7 @@ pub(crate) fn a_node_that_is_to_have_no_tunnel_any_more_and_one_that_is_uninstal
         })?;
         // And back: the agent that wants no tunnel leaves alone what the next one gets ready.
         stage.mesh.node_setting("/wireguard/enabled", json!(true))?;
-        let mut old = stage.mesh.replace_agent(first)?;
-        old.signal_alone(Signal::SIGTERM)?;
-        ensure!(old.wait(LIMIT)?.success(), "the old agent failed");
+        let old = hand_over(stage, first)?;
         tunnel_until(second, "the first node has one again", |report| {
             report["tunnel"]["peers"] != json!({})
         })?;
@@ -335,9 +337,7 @@ pub(crate) fn a_node_that_is_to_have_no_tunnel_any_more_and_one_that_is_uninstal
             old.log()?
         );
         stage.mesh.node_setting("/wireguard/enabled", json!(false))?;
-        let mut old = stage.mesh.replace_agent(first)?;
-        old.signal_alone(Signal::SIGTERM)?;
-        ensure!(old.wait(LIMIT)?.success(), "the old agent failed");
+        hand_over(stage, first)?;
         tunnel_until(second, "the first node has none", |report| report["tunnel"]["peers"] == json!({}))?;
         stage.uninstall(second)?;
         let left = traces(second)?;

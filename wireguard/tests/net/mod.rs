@@ -21,28 +21,6 @@ pub(crate) const MTU: u16 = 1420;
 /// The interface in each node's namespace.
 pub(crate) const TUN: &str = "wg-test";
 
-/// Why tests of this file cannot run here; None if they can.
-pub(crate) fn missing() -> Option<&'static str> {
-    if !nix::unistd::geteuid().is_root() {
-        return Some("needs root");
-    }
-    if !std::path::Path::new("/dev/net/tun").exists() {
-        return Some("this kernel has no TUN devices (/dev/net/tun)");
-    }
-    None
-}
-
-/// Returns from the test, saying why, where it cannot run.
-#[macro_export]
-macro_rules! require_network {
-    () => {
-        if let Some(reason) = net::missing() {
-            println!("skipped: {reason}");
-            return;
-        }
-    };
-}
-
 /// Waits until `condition` gives something.
 pub(crate) fn until<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
     until_within(PATIENCE, what, condition)

@@ -36,28 +36,6 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 /// How long to listen for what should not come.
 const SILENCE: Duration = Duration::from_millis(300);
 
-/// Why worlds cannot be made here; `None` if they can.
-pub(crate) fn missing() -> Option<&'static str> {
-    if !nix::unistd::geteuid().is_root() {
-        return Some("needs root");
-    }
-    if !std::path::Path::new("/dev/net/tun").exists() {
-        return Some("this kernel has no TUN devices (/dev/net/tun)");
-    }
-    None
-}
-
-/// Returns from the test, saying why, where it cannot run.
-#[macro_export]
-macro_rules! require_network {
-    () => {
-        if let Some(reason) = support::missing() {
-            println!("skipped: {reason}");
-            return;
-        }
-    };
-}
-
 /// Numbers the worlds of one test process.
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -299,6 +277,19 @@ impl World {
                     usable_mtu: None,
                 })
                 .collect(),
+        }
+    }
+
+    /// A VXLAN overlay between the first two nodes, as flannel makes it: their pods' packets to one another take it.
+    pub(crate) fn overlay(&self) {
+        let (a, b) = (&self.nodes[0], &self.nodes[1]);
+        for (node, peer) in [(a, b), (b, a)] {
+            let (own, other, n, p) = (node.v4(), peer.v4(), node.number, peer.number);
+            node.netns
+                .ip(&format!("link add flannel.1 type vxlan id 1 local {own} remote {other} dstport 8472"));
+            node.netns.ip(&format!("address add 10.92.{n}.0/32 dev flannel.1"));
+            node.netns.ip("link set flannel.1 up");
+            node.netns.ip(&format!("route add 10.92.{p}.0/24 via 10.92.{p}.0 dev flannel.1 onlink"));
         }
     }
 
