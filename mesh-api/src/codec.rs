@@ -12,8 +12,9 @@ use ipnet::IpNet;
 use prost::Message;
 
 use crate::model::{
-    AppProtocol, Denied, Endpoint, Exclusions, MtlsMode, NODE_TUNNEL_TYPE, Resource, SERVICE_TYPE, Service,
-    ServicePort, TRUST_TYPE, Trust, TunnelProtocol, WORKLOAD_TYPE, Workload, WorkloadState,
+    ADDRESS_RANGES_TYPE, AddressRanges, AppProtocol, Denied, Endpoint, Exclusions, MtlsMode,
+    NODE_TUNNEL_TYPE, Resource, SERVICE_TYPE, Service, ServicePort, TRUST_TYPE, Trust, TunnelProtocol,
+    WORKLOAD_TYPE, Workload, WorkloadState,
 };
 use crate::proto::mesh as pb;
 
@@ -28,8 +29,9 @@ pub const TRUST_NAME: &str = "trust";
 pub const REJECTION_TYPE: &str = "type.googleapis.com/sockmesh.v1.Rejection";
 
 /// Every type URL of the delta stream, in the order in which a node needs them: whom to trust, how nodes are reached, who
-/// exists, what leads to whom.
-pub const RESOURCE_TYPES: [&str; 4] = [TRUST_TYPE, NODE_TUNNEL_TYPE, WORKLOAD_TYPE, SERVICE_TYPE];
+/// exists, what leads to whom, and which addresses can only be those of somebody who exists.
+pub const RESOURCE_TYPES: [&str; 5] =
+    [TRUST_TYPE, NODE_TUNNEL_TYPE, WORKLOAD_TYPE, SERVICE_TYPE, ADDRESS_RANGES_TYPE];
 
 /// Why a resource from the stream cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -70,6 +72,7 @@ impl Resource {
             Self::Service(_) => SERVICE_TYPE,
             Self::Trust(_) | Self::Denied(_) => TRUST_TYPE,
             Self::NodeTunnel(_) => NODE_TUNNEL_TYPE,
+            Self::AddressRanges(_) => ADDRESS_RANGES_TYPE,
         }
     }
 
@@ -82,6 +85,7 @@ impl Resource {
             Self::Trust(_) => TRUST_NAME.to_owned(),
             Self::NodeTunnel(t) => t.node.to_string(),
             Self::Denied(d) => Denied::name_of(d.part),
+            Self::AddressRanges(r) => AddressRanges::name_of(r.node.as_deref()),
         }
     }
 
@@ -94,6 +98,7 @@ impl Resource {
             Self::Trust(t) => trust_to_wire(t).encode_to_vec(),
             Self::NodeTunnel(t) => tunnel::tunnel_to_wire(t).encode_to_vec(),
             Self::Denied(d) => denied_to_wire(d).encode_to_vec(),
+            Self::AddressRanges(r) => ranges_to_wire(r).encode_to_vec(),
         };
         (self.type_url(), self.name(), bytes)
     }
@@ -127,6 +132,9 @@ impl Resource {
             NODE_TUNNEL_TYPE => Self::NodeTunnel(
                 tunnel::tunnel_from_wire(pb::NodeTunnel::decode(bytes).map_err(not_protobuf)?)
                     .map_err(fail)?,
+            ),
+            ADDRESS_RANGES_TYPE => Self::AddressRanges(
+                ranges_from_wire(pb::AddressRanges::decode(bytes).map_err(not_protobuf)?).map_err(fail)?,
             ),
             _ => {
                 return Err(fail(FieldError::new(
@@ -489,6 +497,27 @@ fn denied_to_wire(d: &Denied) -> pb::Denied {
         serials: d.serials.iter().map(|s| Bytes::copy_from_slice(s)).collect(),
         pods: d.pods.iter().map(ToString::to_string).collect(),
     }
+}
+
+fn ranges_to_wire(r: &AddressRanges) -> pb::AddressRanges {
+    pb::AddressRanges {
+        node: r.node.as_deref().unwrap_or_default().to_owned(),
+        ranges: cidrs_to_wire(&r.ranges),
+    }
+}
+
+fn ranges_from_wire(r: pb::AddressRanges) -> Result<AddressRanges, FieldError> {
+    let ranges = cidrs_from_wire(&r.ranges, "ranges")?;
+    for (i, range) in ranges.iter().enumerate() {
+        let bad = |problem: String| Err(FieldError::new(format!("ranges[{i}]"), problem));
+        if range.trunc() != *range {
+            return bad(format!("{range} has bits beyond its prefix"));
+        }
+        if i > 0 && ranges[i - 1] >= *range {
+            return bad(format!("{range} is not in order"));
+        }
+    }
+    Ok(AddressRanges { node: (!r.node.is_empty()).then(|| r.node.into()), ranges })
 }
 
 /// An entry that is not where it is looked for would be accepted, so each has to be in its part and in order.

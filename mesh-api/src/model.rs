@@ -233,6 +233,23 @@ pub struct NodeTunnel {
     pub keys: Vec<TunnelKey>,
 }
 
+/// Addresses that nobody has but pods, or Services: where nothing is known of one, its owner was not told of yet, or is gone.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct AddressRanges {
+    /// The node whose pods they are of; none for those of Services.
+    pub node: Option<Arc<str>>,
+    /// The ranges, in order.
+    pub ranges: Vec<IpNet>,
+}
+
+impl AddressRanges {
+    /// Name of the resource with the ranges of a node's pods, or of Services.
+    #[must_use]
+    pub fn name_of(node: Option<&str>) -> String {
+        node.map_or_else(|| "services".to_owned(), |node| format!("node/{node}"))
+    }
+}
+
 /// A part of the list of what is no longer accepted. In parts, so that a pod that goes makes each node hear of its part and
 /// not of all pods that went within the life of a certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -304,6 +321,8 @@ pub enum Resource {
     NodeTunnel(NodeTunnel),
     /// Type URL [`TRUST_TYPE`], named by [`Denied::name_of`].
     Denied(Denied),
+    /// Type URL [`ADDRESS_RANGES_TYPE`], named by [`AddressRanges::name_of`].
+    AddressRanges(AddressRanges),
 }
 
 /// Type URL of [`Workload`] resources.
@@ -314,3 +333,5 @@ pub const SERVICE_TYPE: &str = "type.googleapis.com/sockmesh.v1.Service";
 pub const TRUST_TYPE: &str = "type.googleapis.com/sockmesh.v1.Trust";
 /// Type URL of [`NodeTunnel`] resources.
 pub const NODE_TUNNEL_TYPE: &str = "type.googleapis.com/sockmesh.v1.NodeTunnel";
+/// Type URL of [`AddressRanges`] resources.
+pub const ADDRESS_RANGES_TYPE: &str = "type.googleapis.com/sockmesh.v1.AddressRanges";

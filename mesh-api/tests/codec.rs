@@ -7,9 +7,9 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use mesh_api::codec::{content_version, tunnel_keys_from_wire, tunnel_keys_to_wire};
 use mesh_api::model::{
-    AppProtocol, Denied, Endpoint, Exclusions, MAX_TUNNEL_KEYS, MtlsMode, NODE_TUNNEL_TYPE, NodeTunnel,
-    Resource, SERVICE_TYPE, Service, ServicePort, TRUST_TYPE, Trust, TunnelKey, TunnelProtocol,
-    WORKLOAD_TYPE, Workload, WorkloadState,
+    ADDRESS_RANGES_TYPE, AddressRanges, AppProtocol, Denied, Endpoint, Exclusions, MAX_TUNNEL_KEYS, MtlsMode,
+    NODE_TUNNEL_TYPE, NodeTunnel, Resource, SERVICE_TYPE, Service, ServicePort, TRUST_TYPE, Trust, TunnelKey,
+    TunnelProtocol, WORKLOAD_TYPE, Workload, WorkloadState,
 };
 use mesh_api::proto::mesh as pb;
 use proptest::collection::vec;
@@ -181,8 +181,16 @@ fn tunnel() -> impl Strategy<Value = NodeTunnel> {
     )
 }
 
+fn ranges() -> impl Strategy<Value = AddressRanges> {
+    let range = |third: u8| IpNet::new(IpAddr::from([10, 1, third, 0]), 24).unwrap();
+    let some = proptest::collection::btree_set(any::<u8>(), 0..5);
+    (option::of(name()), some)
+        .prop_map(move |(node, some)| AddressRanges { node, ranges: some.into_iter().map(range).collect() })
+}
+
 fn resource() -> impl Strategy<Value = Resource> {
     prop_oneof![
+        ranges().prop_map(Resource::AddressRanges),
         tunnel().prop_map(Resource::NodeTunnel),
         workload().prop_map(Resource::Workload),
         service().prop_map(Resource::Service),
@@ -202,7 +210,7 @@ proptest! {
     #[test]
     fn no_bytes_make_the_decoder_panic(
         bytes in vec(any::<u8>(), 0..200),
-        type_url in prop_oneof![Just(WORKLOAD_TYPE), Just(SERVICE_TYPE), Just(TRUST_TYPE), Just(NODE_TUNNEL_TYPE), Just("x")],
+        type_url in prop_oneof![Just(WORKLOAD_TYPE), Just(SERVICE_TYPE), Just(TRUST_TYPE), Just(NODE_TUNNEL_TYPE), Just(ADDRESS_RANGES_TYPE), Just("x")],
     ) {
         let _ = Resource::decode(type_url, "n", &bytes);
     }

@@ -212,6 +212,7 @@ fn debug(cluster: &Cluster) -> serde_json::Value {
                 Ok(Resource::Trust(t)) => json!(t),
                 Ok(Resource::NodeTunnel(t)) => json!(t),
                 Ok(Resource::Denied(d)) => json!(d),
+                Ok(Resource::AddressRanges(r)) => json!(r),
                 Err(error) => json!({ "error": error.to_string() }),
             };
             of_type.insert(name.to_string(), json!({ "version": &*encoded.version, "resource": resource }));

@@ -9,7 +9,8 @@ use std::time::Duration;
 use mesh_api::client::{Backoff, ControllerEndpoint, DeltaClient, DeltaClientConfig, DeltaUpdate};
 use mesh_api::codec::{REJECTION_TYPE, RESOURCE_TYPES};
 use mesh_api::model::{
-    NODE_TUNNEL_TYPE, Resource as Model, SERVICE_TYPE, TRUST_TYPE, WORKLOAD_TYPE, Workload,
+    ADDRESS_RANGES_TYPE, NODE_TUNNEL_TYPE, Resource as Model, SERVICE_TYPE, TRUST_TYPE, WORKLOAD_TYPE,
+    Workload,
 };
 use mesh_api::proto::Any;
 use mesh_api::proto::discovery::aggregated_discovery_service_server::{
@@ -252,6 +253,7 @@ async fn it_is_synced_when_the_last_part_of_every_type_was_accepted() {
         ("1", TRUST_TYPE, false),
         ("2", SERVICE_TYPE, false),
         ("5", NODE_TUNNEL_TYPE, false),
+        ("6", ADDRESS_RANGES_TYPE, false),
         ("3", WORKLOAD_TYPE, true),
         ("4", WORKLOAD_TYPE, false),
     ] {

@@ -39,6 +39,8 @@ const KINDS: [&str; 6] = [
     "/apis/discovery.k8s.io/v1/endpointslices",
     PODS,
 ];
+/// A kind that an API server has since Kubernetes 1.33; this one is older.
+const ABSENT: &str = "/apis/networking.k8s.io/v1/servicecidrs";
 
 /// What a list answers instead of what there is.
 enum Answer {
@@ -97,6 +99,9 @@ impl Played {
     }
 
     async fn answer(&self, request: Request<Body>) -> Answered {
+        if request.uri().path() == ABSENT {
+            return response(404, &status(404));
+        }
         let kind = KINDS.into_iter().find(|k| *k == request.uri().path()).expect("a kind that is read");
         let query = request.uri().query().unwrap_or_default().to_owned();
         drop(request);
@@ -244,7 +249,7 @@ async fn nothing_is_told_before_every_kind_has_been_listed() {
     played.set(PODS, vec![pod("a", "10.0.0.1")]);
     played.0.lock().held.push("/api/v1/nodes");
     let follower = Follower::start(&played);
-    follower.until("five kinds", |f| f.cluster.source().listed.len() == 5).await;
+    follower.until("six kinds", |f| f.cluster.source().listed.len() == 6).await;
     assert!(!follower.cluster.loaded());
     assert_eq!(*follower.cluster.store.version().borrow(), None);
     assert!(follower.cluster.store.get(TRUST_TYPE, "trust").is_none());

@@ -44,6 +44,7 @@ fn main() -> ExitCode {
         tcp::two_gibibytes_arrive_unchanged_both_ways,
         policy::a_strict_pod_refuses_a_stranger_and_a_permissive_one_serves_it,
         policy::a_pod_that_left_the_mesh_is_a_stranger_to_those_who_are_in_it,
+        policy::a_pod_that_its_node_has_not_heard_of_gets_no_plain_connection,
         policy::two_pods_of_one_node_shake_hands_where_that_is_asked_for,
         policy::a_stricter_policy_ends_the_plain_connections_that_it_forbids,
         policy::peers_that_the_mesh_did_not_certify_are_refused_by_name,

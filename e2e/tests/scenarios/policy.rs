@@ -7,7 +7,7 @@ use e2e::{Outcome, Stage, addresses, talk};
 use rcgen::string::Ia5String;
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, SanType};
 use serde_json::Value;
-use testbed::{Pod, Process, wait};
+use testbed::{Pod, PodSpec, Process, wait};
 
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
 
@@ -77,6 +77,33 @@ pub(crate) fn a_pod_that_left_the_mesh_is_a_stranger_to_those_who_are_in_it() ->
             ensure!(served["accepted"] == own.to_string(), "{own} is seen as {served}");
         }
         ensure!(captured()? == before, "it did not leave the mesh");
+        Ok(())
+    })
+}
+
+pub(crate) fn a_pod_that_its_node_has_not_heard_of_gets_no_plain_connection() -> Result<Outcome> {
+    Stage::new()?.play(|stage| {
+        stage.announce_refusal("NR", 4..=4);
+        // Those who are asked are outside of the mesh.
+        stage.announce_that_nothing_is_received();
+        stage.mesh.kill_controller()?;
+        // Nobody knows whether they are in the mesh; they would serve whoever comes.
+        let late = |name: &str, node| stage.mesh.pod(PodSpec::new("legacy", name).node(node));
+        let late = [late("late", 2)?, late("neighbour", 1)?];
+        let echo = [talk::serve(&late[0], "echo", 7000)?, talk::serve(&late[1], "echo", 7000)?];
+        for (pod, echo) in late.iter().zip(&echo) {
+            for to in addresses(pod) {
+                let seen = talk::call(&stage.client, "look", to, 7000)?;
+                ensure!(seen["error"] == "ConnectionResetError", "{to}, of which nothing was heard: {seen}");
+            }
+            ensure!(echo.lines()?.is_empty(), "an application heard of the client: {:?}", echo.lines()?);
+        }
+        stage.mesh.start_controller()?;
+        stage.mesh.settle()?;
+        for to in late.iter().flat_map(addresses) {
+            let seen = talk::call(&stage.client, "look", to, 7000)?;
+            ensure!(seen["answer"] == "ping", "{to}, which is outside of the mesh: {seen}");
+        }
         Ok(())
     })
 }

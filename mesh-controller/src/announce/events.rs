@@ -76,7 +76,12 @@ fn reference(about: &About) -> ObjectReference {
     let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     ObjectReference {
         api_version: Some(
-            if about.kind == Kind::EndpointSlice { "discovery.k8s.io/v1" } else { "v1" }.to_owned(),
+            match about.kind {
+                Kind::EndpointSlice => "discovery.k8s.io/v1",
+                Kind::ServiceCidr => "networking.k8s.io/v1",
+                _ => "v1",
+            }
+            .to_owned(),
         ),
         kind: Some(about.kind.name().to_owned()),
         namespace: some(&about.namespace),

@@ -10,6 +10,7 @@
 //! | a service | itself |
 //! | an endpoint slice | its service |
 //! | a node, its tunnel's keys, a pod on it | its tunnel; a node also the tunnels that were refused |
+//! | a node, a pod on it | its pod ranges; a pod outside of its node's also those of nodes without pods |
 //!
 //! An object that makes no sense in part is compiled by its safest reading and gets a [`Problem`]; it never stops others.
 
@@ -17,6 +18,7 @@ pub mod coverage;
 pub mod object;
 mod pod;
 pub mod protocol;
+mod ranges;
 mod service;
 pub mod settings;
 mod table;
@@ -31,6 +33,7 @@ use mesh_api::model::{Resource, SERVICE_TYPE, Service, WORKLOAD_TYPE, Workload};
 
 use coverage::Uncovered;
 use object::{EndpointSlice, Kind, Namespace, Node, Object, ObjectKey, Pod};
+use ranges::Ranges;
 use table::PodTable;
 use tunnel::Tunnels;
 
@@ -91,6 +94,7 @@ pub struct Index {
     namespaces: HashMap<Arc<str>, Namespace>,
     nodes: BTreeMap<Arc<str>, Node>,
     tunnels: Tunnels,
+    ranges: Ranges,
     service_accounts: BTreeSet<Name>,
     pods: PodTable,
     services: BTreeMap<Name, object::Service>,
@@ -122,6 +126,7 @@ impl Index {
             namespaces: HashMap::new(),
             nodes: BTreeMap::new(),
             tunnels: Tunnels::default(),
+            ranges: Ranges::default(),
             service_accounts: BTreeSet::new(),
             pods: PodTable::default(),
             services: BTreeMap::new(),
@@ -154,6 +159,7 @@ impl Index {
                 let before = self.nodes.get(&node.name);
                 if before != Some(&node) {
                     self.tunnels.node_changes(before, Some(&node));
+                    self.ranges.touch(&node.name);
                     self.nodes.insert(node.name.clone(), node);
                 }
             }
@@ -174,6 +180,7 @@ impl Index {
                     self.services.insert(name, service);
                 }
             }
+            Object::ServiceCidr(name, ranges) => self.ranges.set_services(name, ranges),
             Object::EndpointSlice(slice) => {
                 let name = (slice.namespace.clone(), slice.name.clone());
                 if self.slices.get(&name) != Some(&slice) {
@@ -203,6 +210,7 @@ impl Index {
             Kind::Node => {
                 if let Some(before) = self.nodes.remove(&key.name) {
                     self.tunnels.node_changes(Some(&before), None);
+                    self.ranges.touch(&before.name);
                 }
             }
             Kind::ServiceAccount => {
@@ -215,6 +223,7 @@ impl Index {
                 }
             }
             Kind::EndpointSlice => self.take_slice(&name),
+            Kind::ServiceCidr => self.ranges.remove_services(&key.name),
         }
     }
 
@@ -245,6 +254,7 @@ impl Index {
             Kind::Pod => self.pods.by_name.keys().map(named).collect(),
             Kind::Service => self.services.keys().map(named).collect(),
             Kind::EndpointSlice => self.slices.keys().map(named).collect(),
+            Kind::ServiceCidr => self.ranges.services().map(cluster).collect(),
         }
     }
 
@@ -306,6 +316,7 @@ impl Index {
         self.touch_pod(&name, &pod.addresses);
         if !pod.node.is_empty() {
             self.tunnels.touch(&pod.node);
+            self.ranges.touch(&pod.node);
             self.pods.on_node.entry(pod.node.clone()).or_default().insert(name.clone());
         }
         self.pods.by_uid.insert(pod.uid.clone(), name.clone());
@@ -317,6 +328,7 @@ impl Index {
         self.touch_pod(name, &pod.addresses);
         if let Some(names) = self.pods.on_node.get_mut(&pod.node) {
             self.tunnels.touch(&pod.node);
+            self.ranges.touch(&pod.node);
             names.remove(name);
             if names.is_empty() {
                 self.pods.on_node.remove(&pod.node);
@@ -366,6 +378,7 @@ impl Index {
             self.commit_service(name, &mut delta);
         }
         self.commit_tunnels(&mut delta);
+        self.commit_ranges(&mut delta);
         delta
     }
 
@@ -512,6 +525,7 @@ impl Index {
             Kind::Pod => self.pods.by_name.len(),
             Kind::Service => self.services.len(),
             Kind::EndpointSlice => self.slices.len(),
+            Kind::ServiceCidr => self.ranges.services().count(),
         }
     }
 

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
@@ -50,12 +51,21 @@ pub enum Kind {
     Service,
     /// `discovery.k8s.io/v1 EndpointSlice`.
     EndpointSlice,
+    /// `networking.k8s.io/v1 ServiceCIDR`, which Kubernetes has since 1.33.
+    ServiceCidr,
 }
 
 impl Kind {
     /// Each of them.
-    pub const ALL: [Self; 6] =
-        [Self::Namespace, Self::Node, Self::ServiceAccount, Self::Pod, Self::Service, Self::EndpointSlice];
+    pub const ALL: [Self; 7] = [
+        Self::Namespace,
+        Self::Node,
+        Self::ServiceAccount,
+        Self::Pod,
+        Self::Service,
+        Self::EndpointSlice,
+        Self::ServiceCidr,
+    ];
 
     /// As in YAML.
     #[must_use]
@@ -67,6 +77,7 @@ impl Kind {
             Self::Pod => "Pod",
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
+            Self::ServiceCidr => "ServiceCIDR",
         }
     }
 }
@@ -76,7 +87,7 @@ impl Kind {
 pub struct ObjectKey {
     /// Kind.
     pub kind: Kind,
-    /// Namespace; empty for Namespaces and Nodes.
+    /// Namespace; empty for kinds that are in none.
     pub namespace: Arc<str>,
     /// Name.
     pub name: Arc<str>,
@@ -107,6 +118,8 @@ pub enum Object {
     Service(Service),
     /// Endpoints of a service.
     EndpointSlice(EndpointSlice),
+    /// Ranges that services get their addresses from, by name.
+    ServiceCidr(Arc<str>, Vec<IpNet>),
 }
 
 /// A namespace.
@@ -336,6 +349,7 @@ impl Object {
             Self::Pod(p) => key(Kind::Pod, &p.namespace, &p.name),
             Self::Service(s) => key(Kind::Service, &s.namespace, &s.name),
             Self::EndpointSlice(s) => key(Kind::EndpointSlice, &s.namespace, &s.name),
+            Self::ServiceCidr(name, _) => key(Kind::ServiceCidr, &none, name),
         }
     }
 }
@@ -436,6 +450,17 @@ impl TryFrom<&core::Node> for Object {
             pod_ranges,
             odd,
         }))
+    }
+}
+
+impl TryFrom<&networking::ServiceCIDR> for Object {
+    type Error = Invalid;
+
+    fn try_from(object: &networking::ServiceCIDR) -> Result<Self, Invalid> {
+        let all = object.spec.as_ref().and_then(|spec| spec.cidrs.as_deref()).unwrap_or_default();
+        let one = |(i, text): (usize, &String)| range(text, format!("spec.cidrs[{i}]"));
+        let ranges = all.iter().enumerate().map(one).collect::<Result<_, _>>()?;
+        Ok(Self::ServiceCidr(name(&object.metadata)?, ranges))
     }
 }
 

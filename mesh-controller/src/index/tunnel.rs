@@ -117,6 +117,11 @@ impl Tunnels {
         }
     }
 
+    /// Whether a range has a node's address in it.
+    pub(super) fn has_node_in(&self, range: &IpNet) -> bool {
+        self.taken.node_in(range).is_some()
+    }
+
     /// The same for a Node object that changes, comes or goes, which others may have waited for.
     pub(super) fn node_changes(&mut self, before: Option<&Node>, after: Option<&Node>) {
         if let Some(before) = before {

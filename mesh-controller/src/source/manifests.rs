@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use serde::de::DeserializeOwned;
 
 use super::yaml::{self, Located, Value};
@@ -160,6 +161,7 @@ impl Reader {
             ("discovery.k8s.io/v1", "EndpointSlice") => {
                 self.object::<discovery::EndpointSlice>(file, document)
             }
+            ("networking.k8s.io/v1", "ServiceCIDR") => self.object::<networking::ServiceCIDR>(file, document),
             (version, "EndpointSlice") if version.starts_with("discovery.k8s.io/") => {
                 let problem = format!("{version} is not read; write discovery.k8s.io/v1");
                 self.file_error(file, document.line_of("apiVersion"), problem);

@@ -302,7 +302,7 @@ impl Mesh {
                 self.tunnels.insert(Arc::clone(&t.node), Arc::new(t.clone()));
             }
             // The worker's to know.
-            Resource::Denied(_) => {}
+            Resource::Denied(_) | Resource::AddressRanges(_) => {}
         }
     }
 

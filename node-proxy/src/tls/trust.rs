@@ -59,7 +59,10 @@ impl TrustState {
             match resource {
                 Resource::Trust(trust) => bundle = Some(Self::new(trust)?),
                 Resource::Denied(part) => denied.push(Arc::new(part.clone())),
-                Resource::Workload(_) | Resource::Service(_) | Resource::NodeTunnel(_) => {}
+                Resource::Workload(_)
+                | Resource::Service(_)
+                | Resource::NodeTunnel(_)
+                | Resource::AddressRanges(_) => {}
             }
         }
         let gone: Vec<u16> = removals.iter().filter_map(|name| Denied::part_named(name)).collect();

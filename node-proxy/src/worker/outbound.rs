@@ -17,6 +17,7 @@ use bytes::BytesMut;
 use mesh_api::model::AppProtocol;
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::call::{First, OutboundExchange};
@@ -32,11 +33,16 @@ use super::reach::{Lost, Reached, Reaching, Standing, Unreached};
 use super::reason::Reason;
 use super::relay::{self, Relay};
 use super::resilience::pod::Held;
+use super::shared::Shared;
 use super::sockets::canonical;
 use super::telemetry::Direction;
 use super::thread::Thread;
 use super::{balance, detect};
 use crate::config::DetectionSettings;
+
+/// How long a connection waits to hear of the pod or service at its address. Nodes hear of one within a second (docs/scale.md);
+/// applications wait longer for a connection.
+const HEAR_WITHIN: Duration = Duration::from_secs(3);
 
 /// What one connection of a pod is about; every request on it sees the same.
 pub struct Outbound {
@@ -138,11 +144,17 @@ impl Outbound {
                     return Some(Chosen { picked: Some(picked), address, way, share: None });
                 }
             }
+            // Known when the connection was made, and gone: whoever is there by now is not who was asked for.
+            Target::Address(None, _) if self.is_unheard_of() => None,
             Target::Address(workload, _) => {
                 let way = Way::choose(shared, &self.source, self.asked, workload.clone());
                 Some(Chosen { picked: None, address: self.asked, way, share: None })
             }
         }
+    }
+
+    fn is_unheard_of(&self) -> bool {
+        self.thread.shared.mesh.state().is_ok_and(|mesh| mesh.is_unheard_of(self.asked.ip()))
     }
 
     /// On the same node this side also decides what the destination allows.
@@ -212,21 +224,19 @@ pub async fn serve(thread: &Rc<Thread>, pod: &Arc<LocalPod>, mut stream: TcpStre
         }
         None => return refuse(stream, Reason::Unsynced, "the agent has not handed over its maps yet"),
     };
-    // The snapshot is let go before anything is waited for: a connection may live longer than many configurations.
-    let found =
-        shared.mesh.state().map(|mesh| mesh.by_uid(&pod.uid).map(|pod| (pod, Target::find(&mesh, asked))));
-    let (source, target) = match found {
-        Ok(Some(found)) => found,
-        Ok(None) => {
-            return refuse(stream, Reason::Unsynced, "the controller does not know this pod (any more)");
-        }
-        Err(_) => return refuse(stream, Reason::Unsynced, "the node has no configuration yet"),
+    let mut life = pod.watch();
+    let looked = tokio::select! {
+        looked = look(shared, pod, asked) => looked,
+        () = pods::closed(&mut life) => return,
+    };
+    let (source, target) = match looked {
+        Ok(found) => found,
+        Err((reason, what)) => return refuse(stream, reason, what),
     };
     let client = known_as(client, asked, &source.workload.addresses);
     let protocol = target.declared();
     let mut ctx =
         Outbound { thread: Rc::clone(thread), pod: Arc::clone(pod), source, client, asked, protocol };
-    let mut life = pod.watch();
     let work = async {
         match protocol {
             AppProtocol::Http1 => http1(ctx, stream, BytesMut::new(), None).await,
@@ -255,6 +265,47 @@ pub async fn serve(thread: &Rc<Thread>, pod: &Arc<LocalPod>, mut stream: TcpStre
         () = work => {}
         // What is left when the pod's drain ends is dropped here: streams with unread bytes are reset by the kernel.
         () = pods::closed(&mut life) => {}
+    }
+}
+
+/// The pod that asks, and what it asks for. Of an address that can only be a pod's or a service's and that nobody is known to
+/// have, more is likely to be heard within moments: a name is often resolved by those who heard first. Until it is known
+/// whether plain connections are taken there, none is made.
+async fn look(
+    shared: &Shared,
+    pod: &LocalPod,
+    asked: SocketAddr,
+) -> Result<(Arc<WorkloadEntry>, Target), (Reason, &'static str)> {
+    let mut waiting: Option<(watch::Receiver<()>, Instant)> = None;
+    loop {
+        if let Some((changes, _)) = &mut waiting {
+            changes.mark_unchanged();
+        }
+        {
+            // The snapshot is let go before anything is waited for: a connection may live longer than many configurations.
+            let mesh =
+                shared.mesh.state().map_err(|_| (Reason::Unsynced, "the node has no configuration yet"))?;
+            let source = mesh
+                .by_uid(&pod.uid)
+                .ok_or((Reason::Unsynced, "the controller does not know this pod (any more)"))?;
+            let target = Target::find(&mesh, asked);
+            if !matches!(target, Target::Address(None, _)) || !mesh.is_unheard_of(asked.ip()) {
+                return Ok((source, target));
+            }
+        }
+        match &mut waiting {
+            // And is looked for again, in case it came before that.
+            None => waiting = Some((shared.mesh.changes(), Instant::now() + HEAR_WITHIN)),
+            // The store outlives every connection.
+            Some((changes, end)) => {
+                if timeout_at(*end, changes.changed()).await.is_err() {
+                    return Err((
+                        Reason::NoRoute,
+                        "no pod or service is known at this address of the cluster",
+                    ));
+                }
+            }
+        }
     }
 }
 

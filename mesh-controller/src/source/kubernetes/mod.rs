@@ -10,6 +10,7 @@
 pub mod feed;
 pub mod seen;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use anyhow::Result;
 use futures_util::StreamExt as _;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::runtime::watcher::{self, watcher};
 use kube::{Api, Client};
 use mesh_api::client::Backoff;
@@ -48,6 +50,8 @@ const MAX_REFUSED: u32 = 5;
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Wait before a list that was not believed is asked for again.
 const DOUBT: Duration = Duration::from_secs(3);
+/// Wait before a kind is asked for again that the API server does not have: it may be upgraded.
+const ABSENT: Duration = Duration::from_secs(300);
 
 /// Runs all watches and takes what they say in, until `stopping` is cancelled.
 ///
@@ -63,6 +67,7 @@ pub async fn run(client: Client, cluster: Arc<Cluster>, stopping: CancellationTo
     watches.spawn(source.clone().watch::<ServiceAccount>());
     watches.spawn(source.clone().watch::<Service>());
     watches.spawn(source.clone().watch::<EndpointSlice>());
+    watches.spawn(source.clone().watch::<ServiceCIDR>());
     watches.spawn(source.watch::<Pod>());
     loop {
         let mut batch = Vec::new();
@@ -116,6 +121,7 @@ impl Source {
                 Again::Closed => return,
                 Again::Now => {}
                 Again::AfterDoubt => tokio::time::sleep(DOUBT).await,
+                Again::WhenUpgraded => tokio::time::sleep(ABSENT).await,
             }
         }
     }
@@ -137,6 +143,12 @@ impl Source {
             let Some(event) = events.next().await else { return Again::Now };
             let event = match event {
                 Ok(event) => event,
+                Err(watcher::Error::InitialListFailed(error)) if K::OPTIONAL && is_absent(&error) => {
+                    tracing::info!(kind = K::KIND.name(), "the API server does not have this kind");
+                    let none = Change::Listed(K::KIND, HashSet::new());
+                    let sent = self.changes.send((Instant::now(), none)).await;
+                    return if sent.is_ok() { Again::WhenUpgraded } else { Again::Closed };
+                }
                 Err(error) => {
                     let gone = self.failed(K::KIND.name(), &error);
                     *failures += 1;
@@ -204,8 +216,15 @@ fn status_of(error: &kube::Error) -> Option<u16> {
     }
 }
 
+/// Whether there is no such kind. A right that is missing is not the same: that the controller was installed with less than
+/// it needs should be seen.
+fn is_absent(error: &kube::Error) -> bool {
+    status_of(error) == Some(404)
+}
+
 enum Again {
     Closed,
     Now,
     AfterDoubt,
+    WhenUpgraded,
 }

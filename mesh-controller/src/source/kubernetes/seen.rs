@@ -9,6 +9,7 @@ use std::marker::PhantomData;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use kube::api::ObjectMeta;
 use kube::core::Resource;
 use serde::Deserialize;
@@ -24,6 +25,8 @@ where
 {
     /// Its kind in the index.
     const KIND: Kind;
+    /// An API server of a supported version may be without it, which is the same as one without any object of it.
+    const OPTIONAL: bool = false;
 }
 
 impl Watched for core::Namespace {
@@ -43,6 +46,10 @@ impl Watched for core::Service {
 }
 impl Watched for discovery::EndpointSlice {
     const KIND: Kind = Kind::EndpointSlice;
+}
+impl Watched for networking::ServiceCIDR {
+    const KIND: Kind = Kind::ServiceCidr;
+    const OPTIONAL: bool = true;
 }
 
 /// An object as it was read.

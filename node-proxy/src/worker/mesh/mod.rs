@@ -4,6 +4,7 @@
 //! keeps the snapshot that it took for as long as it needs one consistent view. The one thing that changes under a
 //! snapshot is a service port's [`Balancer`], on purpose: connections that live for days must see today's endpoints.
 
+mod ranges;
 pub mod service;
 mod sharded;
 pub mod store;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use mesh_api::identity::SpiffeId;
 use mesh_api::model::{Trust, Workload, WorkloadState};
 
+use self::ranges::Ranges;
 use self::service::{EndpointRef, ServiceState};
 use self::sharded::Sharded;
 pub use self::store::Store;
@@ -92,6 +94,7 @@ pub struct MeshState {
     vips: Sharded<IpAddr, Vec<Arc<str>>>,
     endpoints: Sharded<IpAddr, Vec<EndpointRef>>,
     trust: Option<Arc<Trust>>,
+    ranges: Arc<Ranges>,
 }
 
 impl MeshState {
@@ -122,6 +125,14 @@ impl MeshState {
             Some(index) => VipLookup::Port(service.clone(), index),
             None => VipLookup::UnknownPort(service.clone()),
         }
+    }
+
+    /// Whether an address that no known pod has can only be that of a pod or a service. Either it was not told of yet, or is
+    /// gone; whoever is there is nobody to talk to in plain.
+    #[must_use]
+    pub fn is_unheard_of(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        self.addresses.get(&address).is_none_or(Vec::is_empty) && self.ranges.contain(address)
     }
 
     /// A service by namespace and name.

@@ -10,9 +10,11 @@ use std::sync::Arc;
 use arc_swap::{ArcSwapOption, Guard};
 use mesh_api::codec::TRUST_NAME;
 use mesh_api::model::{
-    NODE_TUNNEL_TYPE, Resource, SERVICE_TYPE, Service, TRUST_TYPE, Trust, WORKLOAD_TYPE, Workload,
+    ADDRESS_RANGES_TYPE, NODE_TUNNEL_TYPE, Resource, SERVICE_TYPE, Service, TRUST_TYPE, Trust, WORKLOAD_TYPE,
+    Workload,
 };
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use super::service::ServiceState;
 use super::{Claim, MeshState, WorkloadEntry, serial};
@@ -52,6 +54,7 @@ pub struct Store {
     current: ArcSwapOption<MeshState>,
     /// Held by who makes the next state.
     writer: Mutex<Texts>,
+    changes: watch::Sender<()>,
     load: Arc<LoadSettings>,
 }
 
@@ -69,6 +72,11 @@ impl Store {
     pub fn state(&self) -> Result<Snapshot, Unsynced> {
         let guard = self.current.load();
         if guard.is_none() { Err(Unsynced) } else { Ok(Snapshot(guard)) }
+    }
+
+    /// Tells of every change after this call.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
     }
 
     /// Applies a change; with `full`, what `upserts` does not hold is gone. Removing what is not there is no error.
@@ -97,6 +105,7 @@ impl Store {
             match name.type_url {
                 WORKLOAD_TYPE => next.remove_workload(name.name),
                 SERVICE_TYPE => next.remove_service(name.name),
+                ADDRESS_RANGES_TYPE => Arc::make_mut(&mut next.state.ranges).remove(name.name),
                 _ if name.name == TRUST_NAME => next.set_trust(None)?,
                 // Part of the deny list, which is not looked for here.
                 _ => {}
@@ -112,6 +121,7 @@ impl Store {
                 // Refused above.
                 Resource::NodeTunnel(_) => {}
                 Resource::Denied(_) => {}
+                Resource::AddressRanges(ranges) => Arc::make_mut(&mut next.state.ranges).set(ranges),
             }
         }
         // Identities need the trust domain, so trust goes first.
@@ -134,6 +144,7 @@ impl Store {
             balancer.publish(endpoints);
         }
         self.current.store(Some(Arc::new(state)));
+        self.changes.send_replace(());
         Ok(())
     }
 }
@@ -192,8 +203,7 @@ impl Change {
                 Resource::Workload(w) => drop(uids.insert(&*w.uid)),
                 Resource::Service(s) => drop(keys.insert(s.key())),
                 Resource::Trust(_) => trust = true,
-                Resource::NodeTunnel(_) => {}
-                Resource::Denied(_) => {}
+                Resource::NodeTunnel(_) | Resource::Denied(_) | Resource::AddressRanges(_) => {}
             }
         }
         let gone = |name: &Arc<str>, kept: bool| (!kept).then(|| name.clone());
@@ -206,6 +216,8 @@ impl Change {
         if !trust {
             self.state.trust = None;
         }
+        // Those that stay are among what is kept.
+        self.state.ranges = Arc::default();
     }
 
     /// Another trust domain gives every workload another identity.
@@ -313,21 +325,22 @@ fn check(upserts: &[Resource], removals: &[ResourceName<'_>]) -> Result<(), Vec<
             Resource::Service(s) => (SERVICE_TYPE, s.key()),
             Resource::Trust(_) | Resource::Denied(_) => (TRUST_TYPE, resource.name()),
             Resource::NodeTunnel(t) => (NODE_TUNNEL_TYPE, t.node.to_string()),
+            Resource::AddressRanges(_) => (ADDRESS_RANGES_TYPE, resource.name()),
         };
         match resource {
             Resource::Workload(w) => check_workload(w, &mut errors),
             Resource::Service(s) => check_service(s, &mut errors),
             Resource::Trust(t) => check_trust(t, &mut errors),
             Resource::NodeTunnel(_) => errors.push(format!("{type_url} {name}: is for agents only")),
-            // Its decoder found nothing wrong, and what it denies is not for us to doubt.
-            Resource::Denied(_) => {}
+            // Their decoder found nothing wrong, and what they say is not for us to doubt.
+            Resource::Denied(_) | Resource::AddressRanges(_) => {}
         }
         if !seen.insert((type_url, name.clone())) {
             errors.push(format!("{type_url} {name}: is in the change twice"));
         }
     }
     for removal in removals {
-        if ![WORKLOAD_TYPE, SERVICE_TYPE, TRUST_TYPE].contains(&removal.type_url) {
+        if ![WORKLOAD_TYPE, SERVICE_TYPE, TRUST_TYPE, ADDRESS_RANGES_TYPE].contains(&removal.type_url) {
             errors.push(format!("{} {}: is of no known type", removal.type_url, removal.name));
         } else if seen.contains(&(removal.type_url, removal.name.to_owned())) {
             errors.push(format!("{} {}: is both set and removed", removal.type_url, removal.name));

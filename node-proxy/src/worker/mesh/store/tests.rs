@@ -308,6 +308,27 @@ fn a_worker_that_is_told_of_a_tunnel_between_nodes_says_that_it_has_no_part_in_i
 }
 
 #[test]
+fn an_address_of_the_cluster_at_which_nobody_is_known_is_unheard_of_until_somebody_is() {
+    let ranges = |ranges: &[&str]| {
+        let ranges = ranges.iter().map(|range| range.parse().unwrap()).collect();
+        Resource::AddressRanges(mesh_api::model::AddressRanges { node: Some("n1".into()), ranges })
+    };
+    let store = store(vec![trust("cluster.local"), ranges(&["10.1.0.0/24"])]);
+    let unheard_of = |address: &str| store.state().unwrap().is_unheard_of(ip(address));
+    assert!(unheard_of("10.1.0.7") && unheard_of("::ffff:10.1.0.7"));
+    assert!(!unheard_of("10.2.0.7"), "that is not the cluster's");
+    let mut changes = store.changes();
+    store.apply(vec![Resource::Workload(pod("a", "10.1.0.7"))], &[], false).unwrap();
+    assert!(changes.has_changed().unwrap(), "who waits to hear of it is told");
+    changes.mark_unchanged();
+    assert!(!unheard_of("10.1.0.7"));
+    store.apply(vec![], &[workload_name("a")], false).unwrap();
+    assert!(unheard_of("10.1.0.7"), "it is gone");
+    store.apply(vec![trust("cluster.local")], &[], true).unwrap();
+    assert!(!unheard_of("10.1.0.7"), "a whole state without ranges has none");
+}
+
+#[test]
 fn texts_that_workloads_have_in_common_are_kept_once_and_go_with_the_last() {
     let store = Store::default();
     let of = |uid: &str, app: &str| {

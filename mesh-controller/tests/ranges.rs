@@ -1,0 +1,112 @@
+//! Addresses that nobody has but pods or services, as nodes are told of them.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use std::collections::BTreeMap;
+
+use mesh_api::model::{ADDRESS_RANGES_TYPE, Resource};
+use mesh_controller::index::object::{Kind, Node, Object, ObjectKey, Phase, Pod};
+use mesh_controller::index::{Index, IndexConfig};
+
+/// An index, and all ranges that nodes were told of so far.
+struct Told {
+    index: Index,
+    ranges: BTreeMap<String, String>,
+}
+
+impl Told {
+    fn new() -> Self {
+        let config = IndexConfig {
+            cluster_domain: "cluster.local".to_owned(),
+            derive_endpoints: false,
+            complete: true,
+        };
+        Self { index: Index::new(config), ranges: BTreeMap::new() }
+    }
+
+    fn apply(&mut self, objects: impl IntoIterator<Item = Object>) -> String {
+        objects.into_iter().for_each(|object| self.index.apply(object));
+        self.commit()
+    }
+
+    fn remove(&mut self, kind: Kind, namespace: &str, name: &str) -> String {
+        self.index.remove(&ObjectKey { kind, namespace: namespace.into(), name: name.into() });
+        self.commit()
+    }
+
+    fn commit(&mut self) -> String {
+        let delta = self.index.commit();
+        for resource in &delta.upserts {
+            if let Resource::AddressRanges(told) = resource {
+                let (type_url, name, bytes) = resource.encode();
+                assert_eq!(Resource::decode(type_url, &name, &bytes).as_ref(), Ok(resource));
+                let ranges: Vec<_> = told.ranges.iter().map(ToString::to_string).collect();
+                self.ranges.insert(name, ranges.join(" "));
+            }
+        }
+        for (type_url, name) in &delta.removals {
+            if *type_url == ADDRESS_RANGES_TYPE {
+                self.ranges.remove(name).expect("it was never told");
+            }
+        }
+        self.ranges.iter().map(|(name, ranges)| format!("{name} {ranges}")).collect::<Vec<_>>().join("; ")
+    }
+}
+
+fn node(name: &str, ranges: &[&str]) -> Object {
+    Object::Node(Node {
+        name: name.into(),
+        addresses: vec![format!("192.0.2.{}", name.len()).parse().unwrap()],
+        pod_ranges: ranges.iter().map(|r| r.parse().unwrap()).collect(),
+        ..Node::default()
+    })
+}
+
+fn pod(name: &str, node: &str, address: &str) -> Object {
+    Object::Pod(Box::new(Pod {
+        uid: format!("uid-{name}").into(),
+        name: name.into(),
+        namespace: "shop".into(),
+        service_account: "default".into(),
+        node: node.into(),
+        addresses: vec![address.parse().unwrap()],
+        phase: Phase::Running,
+        ..Pod::default()
+    }))
+}
+
+fn services(name: &str, ranges: &[&str]) -> Object {
+    Object::ServiceCidr(name.into(), ranges.iter().map(|r| r.parse().unwrap()).collect())
+}
+
+#[test]
+fn the_ranges_of_nodes_and_services_are_told_and_go_with_them() {
+    let mut told = Told::new();
+    assert_eq!(told.apply([node("a", &["fd00:1::/64", "10.1.0.0/24"])]), "node/a 10.1.0.0/24 fd00:1::/64");
+    assert_eq!(told.apply([pod("web", "a", "10.1.0.7"), node("bb", &[])]), "node/a 10.1.0.0/24 fd00:1::/64");
+    let with_services =
+        told.apply([services("kubernetes", &["10.96.0.0/12"]), services("more", &["10.8.0.0/16"])]);
+    assert_eq!(with_services, "node/a 10.1.0.0/24 fd00:1::/64; services 10.8.0.0/16 10.96.0.0/12");
+    told.remove(Kind::ServiceCidr, "", "more");
+    assert_eq!(told.remove(Kind::Node, "", "a"), "services 10.96.0.0/12");
+    assert_eq!(told.remove(Kind::ServiceCidr, "", "kubernetes"), "");
+}
+
+#[test]
+fn ranges_that_the_network_does_not_use_are_not_told() {
+    let mut told = Told::new();
+    told.apply([node("a", &["10.1.0.0/24"]), node("bb", &["10.2.0.0/24"]), node("ccc", &["10.3.0.0/24"])]);
+    told.apply([pod("inside", "a", "10.1.0.7")]);
+    let elsewhere = told.apply([pod("elsewhere", "bb", "172.16.0.7")]);
+    assert_eq!(elsewhere, "node/a 10.1.0.0/24", "nor that of a node that has no pod which would tell");
+    let moved = told.apply([pod("elsewhere", "bb", "10.2.0.7")]);
+    assert_eq!(moved, "node/a 10.1.0.0/24; node/bb 10.2.0.0/24; node/ccc 10.3.0.0/24");
+    told.apply([pod("elsewhere", "bb", "172.16.0.7")]);
+    let gone = told.remove(Kind::Node, "", "bb");
+    assert_eq!(gone, "node/a 10.1.0.0/24; node/ccc 10.3.0.0/24", "who is gone says nothing of the others");
+}
+
+#[test]
+fn a_range_with_a_nodes_address_in_it_is_not_of_pods_alone() {
+    let mut told = Told::new();
+    assert_eq!(told.apply([node("a", &["192.0.2.0/24", "10.1.0.0/24"])]), "node/a 10.1.0.0/24");
+}
