@@ -148,6 +148,7 @@ def crash(story):
     run(HERE / "up")
     kubectl("rollout", "status", "-n", SYSTEM, "daemonset/sockmesh-node", "--timeout=120s")
 
+    # A node that was told by a controller there has yet to hear of the pod's new address, and must not take it for anybody's.
     def answered():
         return all("pod=web" in ask(client_on(node), f"{web_on('node2')['status']['podIP']}:8080") for node in NODES)
     until("answers of node2's pod", answered, 120)

@@ -1,5 +1,6 @@
 """The tunnel between nodes: what mutual TLS does not carry crosses encrypted, too, or not at all."""
 
+import contextlib
 import json
 import secrets
 import subprocess
@@ -122,15 +123,24 @@ def strict_drops():
                if name == "sockmesh_wireguard_strict_packets_total" and labels["cause"].startswith("dropped"))
 
 
+@contextlib.contextmanager
+def led_past():
+    """Has node1 lead what is for node2's pods past the tunnel."""
+    past = ["priority", "15000", "to", "10.244.2.0/24", "lookup", "main"]
+    on("node1", "ip", "rule", "add", *past)
+    try:
+        yield
+    finally:
+        on("node1", "ip", "rule", "del", *past)
+
+
 def tunnel_strict(story):
     "with wireguard.strict=all a packet that is led past the tunnel is dropped and counted, and the mesh goes on"
     upgrade(enabled="true", strict="all")
     until("every node has a tunnel to every other one", connected)
     send_all("strict-and-well")
     before, mark = strict_drops(), "past-" + secrets.token_hex(8)
-    past = ["priority", "15000", "to", "10.244.2.0/24", "lookup", "main"]
-    on("node1", "ip", "rule", "add", *past)
-    try:
+    with led_past():
         wire = Capture("net 10.244.0.0/16")
         try:
             expect(datagrams(5, 200, text=mark) == 0, "datagrams past the tunnel came back")
@@ -142,10 +152,7 @@ def tunnel_strict(story):
         expect(mark.encode() not in recorded, "the mark was on the wire")
         until("the drops are counted", lambda: strict_drops() >= before + 6, 10)
         dropped = strict_drops() - before
-    finally:
-        on("node1", "ip", "rule", "del", *past)
     until("answers again", lambda: datagrams(5) == 5)
-    upgrade(enabled="true")
     return f"{dropped:.0f} packets dropped"
 
 
@@ -198,6 +205,24 @@ def tunnel_agents(story):
     expect(lost <= LOST_WITH_AGENTS, told)
     until("all captured", enrolled)
     return told
+
+
+def tunnel_labelled(story):
+    "with wireguard.includeMesh mutual TLS crosses inside it, too; with strict=labelled only what the label is on is dropped outside"
+    upgrade(enabled="true", includeMesh="true", strict="labelled")
+    until("every node has a tunnel to every other one", connected)
+    clear, tunnelled, mesh, seen = crossed("all-inside-" + secrets.token_hex(8))
+    expect(tunnelled and not clear and not mesh and not seen,
+           f"{len(clear)} packets in clear text, {len(tunnelled)} of the tunnel, {len(mesh)} of mutual TLS: {(clear + mesh)[:5]}")
+    with led_past():
+        until("what nobody put the label on passes", lambda: datagrams(5) == 5)
+        kubectl("label", "namespace", "outside", "sockmesh.io/wireguard=strict")
+        try:
+            until("what is for a pod with the label is dropped", lambda: datagrams(5) == 0)
+        finally:
+            kubectl("label", "namespace", "outside", "sockmesh.io/wireguard-")
+        until("and passes without the label", lambda: datagrams(5) == 5)
+    return f"{len(tunnelled)} packets of the tunnel"
 
 
 def tunnel_off(story):
