@@ -307,7 +307,7 @@ fn a_thousand_peers_are_routed_and_one_change_is_one_change() {
         let [high, low] = (n + 1).to_be_bytes();
         inputs.peers.push(wireguard::net::PeerRoute {
             name: format!("peer-{n}"),
-            device: DEVICE.to_owned(),
+            device: Some(DEVICE.to_owned()),
             pod_ranges: vec![
                 format!("172.{}.{low}.0/24", 16 + high).parse().unwrap(),
                 format!("fdaa:0:0:{n:x}::/64").parse().unwrap(),

@@ -34,6 +34,8 @@ const HEALTHY_LIFE: Duration = Duration::from_secs(1);
 /// Longest pause after a process that did its work before it died. Connections wait for the next one, and nobody should
 /// give up for a pause; only a process that does not come up at all is kept from using up the machine.
 const PAUSE_AFTER_WORK: Duration = Duration::from_millis(250);
+/// A process that ends has closed its connection a moment before.
+const LAST_MOMENTS: Duration = Duration::from_secs(1);
 /// How long a process may take to end after it was asked to.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -190,6 +192,53 @@ pub(super) async fn ending(child: Option<Child>) -> String {
     }
 }
 
+/// What has become of a process with which there is no talking any more: how it ended, for a log line; `None` when it lives.
+/// `pid` is that of one that is no child.
+pub(super) async fn end_of(child: &mut Option<Child>, pid: Option<u32>) -> Option<String> {
+    if let Some(running) = child {
+        let ended = tokio::time::timeout(LAST_MOMENTS, running.wait()).await.ok()?;
+        *child = None;
+        return Some(ended.map_or_else(|e| e.to_string(), describe_end));
+    }
+    match pid {
+        Some(pid) => wait_for_end(pid, LAST_MOMENTS).await.is_ok().then(|| "connection closed".to_owned()),
+        None => Some("there is none".to_owned()),
+    }
+}
+
+/// The process that has the listening socket at `path` as its standard input, as all below an agent have theirs: the only
+/// way to tell whose it is when it does not answer. `None` when there is none.
+///
+/// # Errors
+/// When the kernel's list cannot be read.
+pub(super) fn holder(path: &Path) -> io::Result<Option<u32>> {
+    let sockets = fs::read_to_string("/proc/self/net/unix")?;
+    let Some(inode) = listening_inode(&sockets, path) else { return Ok(None) };
+    let wanted = PathBuf::from(format!("socket:[{inode}]"));
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        // One that ends in the middle of the look has nothing.
+        if pid.is_some() && fs::read_link(entry.path().join("fd/0")).is_ok_and(|is| is == wanted) {
+            return Ok(pid);
+        }
+    }
+    Ok(None)
+}
+
+/// The inode of the socket that listens at `path`, in the text of `/proc/net/unix` (proc(5)). What was accepted there has the
+/// same path and another state.
+fn listening_inode(sockets: &str, path: &Path) -> Option<u64> {
+    // Num RefCount Protocol Flags Type St Inode Path; the flag is that of a socket that accepts (__SO_ACCEPTCON).
+    sockets.lines().find_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let flags = u32::from_str_radix(fields.nth(3)?, 16).ok()?;
+        let inode = fields.nth(2)?;
+        let (_, name) = line.split_once(&format!(" {inode} "))?;
+        (flags & 0x1_0000 != 0 && Path::new(name) == path).then(|| inode.parse().ok())?
+    })
+}
+
 /// Waits for a child whose connection is gone, and makes sure that it ends.
 pub(super) async fn reap(child: &mut Child) -> io::Result<ExitStatus> {
     if let Ok(status) = tokio::time::timeout(END_TIMEOUT, child.wait()).await {
@@ -307,6 +356,22 @@ impl Restarts {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_listens_at_a_path_is_found_although_it_does_not_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tunnel-1.sock");
+        assert_eq!(holder(&path).unwrap(), None);
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut process =
+            std::process::Command::new("sleep").arg("1000").stdin(OwnedFd::from(listener)).spawn().unwrap();
+        let _asked = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        assert_eq!(holder(&path).unwrap(), Some(process.id()));
+        assert_eq!(holder(&dir.path().join("unnel-1.sock")).unwrap(), None);
+        process.kill().unwrap();
+        process.wait().unwrap();
+        assert_eq!(holder(&path).unwrap(), None);
+    }
 
     #[test]
     fn the_first_restart_is_at_once_and_a_crash_loop_slows_down() {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use wireguard::device::user::{Settings, UserDevice};
@@ -28,6 +29,7 @@ struct Key {
     private: PrivateKey,
     port: u32,
     announced: bool,
+    made: Instant,
 }
 
 /// Answers agents.
@@ -80,7 +82,7 @@ impl State {
                     return Err(format!("there are {MAX_KEYS} keys already; take some away first"));
                 }
                 let private = PrivateKey::generate().map_err(|e| e.to_string())?;
-                self.keys.insert(new.generation, Key { private, port: new.port, announced: false });
+                self.keys.insert(new.generation, Key { private, port: new.port, announced: false, made: Instant::now() });
                 Ok(FromTunnel { keys: self.public_keys(), ..FromTunnel::default() })
             }
             Some(Message::Announced(announced)) => Ok(self.announce(&announced.generations)),
@@ -103,6 +105,7 @@ impl State {
             public_key: key.private.public().bytes().to_vec(),
             port: key.port,
             announced: key.announced,
+            age_seconds: key.made.elapsed().as_secs(),
         };
         self.keys.iter().map(public).collect()
     }

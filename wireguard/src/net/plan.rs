@@ -155,8 +155,8 @@ pub struct TunnelDevice {
 pub struct PeerRoute {
     /// Name of the node.
     pub name: String,
-    /// Device that leads to it, as the tunnel says.
-    pub device: String,
+    /// Device that leads to it, as the tunnel says; while there is none, packets for it are refused, if routing is set up so.
+    pub device: Option<String>,
     /// Ranges or single addresses of its pods.
     pub pod_ranges: Vec<IpNet>,
     /// Addresses of the node itself.
@@ -233,14 +233,14 @@ pub(crate) fn plan(settings: &Settings, inputs: &Inputs, own_addresses: &[IpAddr
 }
 
 fn add_peer(plan: &mut Plan, settings: &Settings, inputs: &Inputs, local_ranges: &[IpNet], peer: &PeerRoute) {
-    let Some(device) = inputs.devices.iter().find(|device| device.name == peer.device) else {
-        let reason = format!("the tunnel has no device {} on this node", peer.device);
+    let named = |device: &&TunnelDevice| peer.device.as_ref() == Some(&device.name);
+    let device = inputs.devices.iter().find(named);
+    if let (None, Some(device)) = (device, &peer.device) {
+        let reason = format!("the tunnel has no device {device} on this node");
         let refuse =
             |range: &IpNet| Refused { peer: peer.name.clone(), range: *range, reason: reason.clone() };
         plan.refused.extend(peer.pod_ranges.iter().map(refuse));
-        return;
-    };
-    let usable = peer.usable_mtu.map_or(device.mtu, |usable| usable.min(device.mtu));
+    }
     let own = |family: Family| {
         inputs.local.node_addresses.iter().copied().find(|address| Family::of(*address) == family)
     };
@@ -252,12 +252,15 @@ fn add_peer(plan: &mut Plan, settings: &Settings, inputs: &Inputs, local_ranges:
             plan.refused.push(Refused { peer: peer.name.clone(), range, reason });
             continue;
         }
-        let family = Family::of_net(&range);
-        let (mtu, advmss) = mtu::of_route(family, usable);
-        let source = if is_inside { own(family) } else { None };
-        let locked = family == Family::V6 && mtu < device.mtu;
-        let target = Target::Device { name: device.name.clone(), mtu, locked, advmss, source };
-        plan.desired.routes.insert(Route { destination: range, metric: TUNNEL_METRIC, target });
+        if let Some(device) = device {
+            let family = Family::of_net(&range);
+            let usable = peer.usable_mtu.map_or(device.mtu, |usable| usable.min(device.mtu));
+            let (mtu, advmss) = mtu::of_route(family, usable);
+            let source = if is_inside { own(family) } else { None };
+            let locked = family == Family::V6 && mtu < device.mtu;
+            let target = Target::Device { name: device.name.clone(), mtu, locked, advmss, source };
+            plan.desired.routes.insert(Route { destination: range, metric: TUNNEL_METRIC, target });
+        }
         plan.taken.insert(range);
         if settings.without_device == WithoutDevice::Refuse {
             let target = Target::Unreachable;
@@ -344,4 +347,46 @@ fn rules(
     }
     add(END, Action::Nothing, Match::default());
     rules
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(name: &str, device: Option<&str>, ranges: &[&str]) -> PeerRoute {
+        PeerRoute {
+            name: name.to_owned(),
+            device: device.map(str::to_owned),
+            pod_ranges: ranges.iter().map(|range| range.parse().unwrap()).collect(),
+            node_addresses: Vec::new(),
+            usable_mtu: None,
+        }
+    }
+
+    fn inputs(devices: &[&str], peers: Vec<PeerRoute>) -> Inputs {
+        let device = |name: &&str| TunnelDevice { name: (*name).to_owned(), mtu: 1408 };
+        Inputs {
+            local: LocalNode { pod_ranges: vec!["10.1.0.0/24".parse().unwrap()], node_addresses: Vec::new() },
+            devices: devices.iter().map(device).collect(),
+            peers,
+        }
+    }
+
+    #[test]
+    fn without_a_device_packets_are_refused_and_not_left_to_others() {
+        for (devices, device) in [(&[][..], None), (&[][..], Some("wg")), (&["wg"][..], None)] {
+            let plan = plan(&Settings::default(), &inputs(devices, vec![peer("b", device, &["10.2.0.0/24"])]), &[]);
+            let to_peer: Vec<&Route> =
+                plan.desired.routes.iter().filter(|route| route.target != Target::Throw).collect();
+            let destination = "10.2.0.0/24".parse().unwrap();
+            let refusal = Route { destination, metric: FALLBACK_METRIC, target: Target::Unreachable };
+            assert_eq!(to_peer, [&refusal], "{devices:?}, {device:?}");
+            let asks = |rule: &&Rule| matches!(rule.action, Action::Table(_));
+            assert_eq!(plan.desired.rules.iter().filter(asks).count(), 1, "this node's pods ask the table");
+            assert_eq!(plan.refused.is_empty(), device.is_none(), "a device that should be there is named");
+        }
+        let open = Settings { without_device: WithoutDevice::Pass, ..Settings::default() };
+        let plan = plan(&open, &inputs(&[], vec![peer("b", None, &["10.2.0.0/24"])]), &[]);
+        assert!(plan.desired.routes.iter().all(|route| route.target == Target::Throw));
+    }
 }

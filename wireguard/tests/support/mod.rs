@@ -271,7 +271,7 @@ impl World {
             peers: peers
                 .map(|peer| PeerRoute {
                     name: format!("node-{}", peer.number),
-                    device: DEVICE.to_owned(),
+                    device: Some(DEVICE.to_owned()),
                     pod_ranges: peer.ranges(),
                     node_addresses: peer.addresses(),
                     usable_mtu: None,

@@ -408,7 +408,12 @@ pub(super) async fn end_at(role: Role, path: &Path) -> anyhow::Result<()> {
             Ok(Ok(pid)) => process::end(pid).await?,
             Ok(Err(error)) if tries >= MOST_TRIES => return Err(error),
             Ok(Err(_)) => tokio::time::sleep(BETWEEN_TRIES).await,
-            Err(_) => anyhow::bail!("{} does not answer", path.display()),
+            Err(_) => {
+                let pid = process::holder(path)?;
+                let pid = pid.with_context(|| format!("{} does not answer", path.display()))?;
+                tracing::warn!(pid, "a {} does not answer; it is ended", role.name());
+                process::end(pid).await?;
+            }
         }
         tries += 1;
     }

@@ -58,7 +58,9 @@ enum Stage {
 pub(super) struct Keys {
     /// Live keys of the process, oldest first.
     own: Vec<(u64, [u8; 32])>,
+    /// When the newest was made, or what was told of its age then, and that age.
     made: Duration,
+    age: Duration,
     stage: Stage,
     rotate_after: Duration,
     overlap: Duration,
@@ -70,11 +72,12 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    /// For a process that has these keys (generation and public key). `now` is any steady time. A `rotate_after` of zero
-    /// changes keys only when asked to.
+    /// For a process that has these keys (generation and public key), the newest of them for as long as `age`: however often
+    /// agents come and go, a key is replaced in time. `now` is any steady time. A `rotate_after` of zero changes keys only when
+    /// asked to.
     pub(super) fn new(
         mut own: Vec<(u64, [u8; 32])>,
-        last_generation: u64,
+        age: Duration,
         rotate_after: Duration,
         overlap: Duration,
         now: Duration,
@@ -83,9 +86,10 @@ impl Keys {
         let newest = own.last().map_or(0, |(generation, _)| *generation);
         let stage = if own.len() > 1 { Stage::Introduced { since: now } } else { Stage::Steady };
         Self {
-            last_generation: last_generation.max(newest),
+            last_generation: newest,
             own,
             made: now,
+            age,
             stage,
             rotate_after,
             overlap,
@@ -141,7 +145,7 @@ impl Keys {
         self.own.push((generation, public_key));
         self.own.sort_unstable();
         self.last_generation = self.last_generation.max(generation);
-        self.made = now;
+        (self.made, self.age) = (now, Duration::ZERO);
         self.wanted = false;
         self.stage = if self.own.len() > 1 { Stage::Introduced { since: now } } else { Stage::Steady };
         self.heard = (0, now);
@@ -169,7 +173,7 @@ impl Keys {
             (Stage::Steady, _) if !only => Step::Wait(LISTEN),
             (Stage::Steady, _) if self.wanted => Step::Make(self.last_generation + 1),
             (Stage::Steady, _) if self.rotate_after.is_zero() => Step::Wait(Duration::from_secs(3600)),
-            (Stage::Steady, _) => match (self.made + self.rotate_after).checked_sub(now) {
+            (Stage::Steady, _) => match (self.made + self.rotate_after).checked_sub(now + self.age) {
                 Some(left) if !left.is_zero() => Step::Wait(left),
                 _ => Step::Make(self.last_generation + 1),
             },
@@ -253,7 +257,8 @@ mod tests {
 
     #[test]
     fn a_rotation_drops_the_old_key_only_when_nobody_uses_it() {
-        let mut keys = Keys::new(Vec::new(), 4, DAY, OVERLAP, Duration::ZERO);
+        let mut keys = Keys::new(Vec::new(), Duration::ZERO, DAY, OVERLAP, Duration::ZERO);
+        keys.given(4);
         let nothing = TunnelDocument::default();
         assert_eq!(keys.step(&nothing, false, true, Duration::ZERO), Step::Make(5));
         keys.made(5, [5; 32], Duration::ZERO);
@@ -283,8 +288,23 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_agents_found_again_and_again_is_as_old_as_it_is() {
+        let nothing = TunnelDocument::default();
+        let found = |age| Keys::new(vec![(3, [3; 32])], age, DAY, OVERLAP, 7 * SECOND);
+        let mut young = found(DAY - 60 * SECOND);
+        assert_eq!(young.step(&nothing, true, true, 7 * SECOND), Step::Wait(60 * SECOND));
+        assert_eq!(young.step(&nothing, true, true, 67 * SECOND), Step::Make(4));
+        young.made(4, [4; 32], 67 * SECOND);
+        young.dropped(3);
+        assert_eq!(young.step(&nothing, true, true, 68 * SECOND), Step::Wait(DAY - SECOND), "the next is new");
+        for age in [DAY, 2 * DAY] {
+            assert_eq!(found(age).step(&nothing, true, true, 7 * SECOND), Step::Make(4));
+        }
+    }
+
+    #[test]
     fn a_node_that_never_learns_holds_a_rotation_up_only_so_long() {
-        let mut keys = Keys::new(vec![(1, [1; 32])], 1, Duration::ZERO, OVERLAP, Duration::ZERO);
+        let mut keys = Keys::new(vec![(1, [1; 32])], DAY, Duration::ZERO, OVERLAP, Duration::ZERO);
         keys.rotate();
         let stuck = sessions(vec![session(1, true, 1)]);
         assert_eq!(keys.step(&stuck, true, true, SECOND), Step::Make(2));
@@ -305,7 +325,7 @@ mod tests {
 
     #[test]
     fn keys_of_another_process_that_lives_are_registered_too() {
-        let keys = Keys::new(vec![(8, [8; 32])], 8, DAY, OVERLAP, Duration::ZERO);
+        let keys = Keys::new(vec![(8, [8; 32])], Duration::ZERO, DAY, OVERLAP, Duration::ZERO);
         let other = TunnelKey { generation: 7, public_key: [7; 32], ports: [9, 9] };
         let registered = registered(&keys, [10, 10], &[other]);
         let seen: Vec<_> = registered.iter().map(|key| (key.generation, key.ports[0])).collect();
@@ -314,7 +334,7 @@ mod tests {
 
     #[test]
     fn keys_do_not_change_while_another_process_has_some() {
-        let mut keys = Keys::new(vec![(1, [1; 32])], 1, DAY, OVERLAP, Duration::ZERO);
+        let mut keys = Keys::new(vec![(1, [1; 32])], Duration::ZERO, DAY, OVERLAP, Duration::ZERO);
         keys.rotate();
         let nothing = TunnelDocument::default();
         assert_eq!(keys.step(&nothing, true, false, SECOND), Step::Wait(LISTEN));
@@ -324,7 +344,7 @@ mod tests {
 
     #[test]
     fn a_process_that_was_replaced_ends_when_nobody_sends_to_it() {
-        let mut keys = Keys::new(vec![(1, [1; 32])], 1, DAY, OVERLAP, Duration::ZERO);
+        let mut keys = Keys::new(vec![(1, [1; 32])], Duration::ZERO, DAY, OVERLAP, Duration::ZERO);
         keys.leave(SECOND);
         assert!(keys.announced().is_empty(), "other nodes hear no more of its key");
         let sessions_with = |received| sessions(vec![session(1, true, received)]);

@@ -15,13 +15,26 @@ use crate::ipc::stream::{FrameReader, FrameWriter, split};
 use crate::tunnel::TunnelDocument;
 
 /// Everything that the process is asked takes milliseconds; this long means that it hangs.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why the process did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LinkError {
+    /// It says why, or what it says is not understood; it can be asked again, and other things.
+    #[error("{0:#}")]
+    Refused(anyhow::Error),
+    /// The connection is of no use any more.
+    #[error("{0:#}")]
+    Lost(anyhow::Error),
+}
 
 /// A connection to one process.
 pub(super) struct TunnelLink {
     reader: FrameReader,
     writer: FrameWriter,
     next_id: u64,
+    /// It did something that it was asked, after the hello.
+    answered: bool,
 }
 
 /// What the process said of itself.
@@ -39,6 +52,8 @@ pub(super) struct HeldKey {
     pub(super) key: TunnelKey,
     /// Other nodes are told of it.
     pub(super) announced: bool,
+    /// Since it was made.
+    pub(super) age: Duration,
 }
 
 fn held(keys: Vec<TunnelOwnKey>) -> anyhow::Result<Vec<HeldKey>> {
@@ -47,7 +62,11 @@ fn held(keys: Vec<TunnelOwnKey>) -> anyhow::Result<Vec<HeldKey>> {
             key.public_key.try_into().ok().context("the tunnel has a key that has not 32 bytes")?;
         let port = u16::try_from(key.port).context("the tunnel has a port that is none")?;
         let generation = key.generation;
-        Ok(HeldKey { key: TunnelKey { generation, public_key, ports: [port; 2] }, announced: key.announced })
+        Ok(HeldKey {
+            key: TunnelKey { generation, public_key, ports: [port; 2] },
+            announced: key.announced,
+            age: Duration::from_secs(key.age_seconds),
+        })
     };
     keys.into_iter().map(one).collect()
 }
@@ -56,16 +75,39 @@ impl TunnelLink {
     /// Says hello.
     ///
     /// # Errors
-    /// The process's own, or that it is gone.
-    pub(super) async fn greet(stream: UnixStream) -> anyhow::Result<(Self, Found)> {
+    /// [`LinkError`].
+    pub(super) async fn greet(stream: UnixStream) -> Result<(Self, Found), LinkError> {
         let (reader, writer) = split(stream);
-        let mut link = Self { reader, writer, next_id: 0 };
+        let mut link = Self { reader, writer, next_id: 0, answered: false };
         let answer = link.call(Message::Hello(TunnelHello {}), &[]).await?;
-        let found = Found { pid: answer.pid, opened: answer.opened, keys: held(answer.keys)? };
-        Ok((link, found))
+        let keys = held(answer.keys).map_err(LinkError::Refused)?;
+        link.answered = false;
+        Ok((link, Found { pid: answer.pid, opened: answer.opened, keys }))
     }
 
-    async fn call(&mut self, message: Message, descriptors: &[BorrowedFd<'_>]) -> anyhow::Result<FromTunnel> {
+    /// Whether the process did anything that it was asked after the hello.
+    pub(super) fn has_answered(&self) -> bool {
+        self.answered
+    }
+
+    async fn call(
+        &mut self,
+        message: Message,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<FromTunnel, LinkError> {
+        let answer = self.exchange(message, descriptors).await.map_err(LinkError::Lost)?;
+        if !answer.error.is_empty() {
+            return Err(LinkError::Refused(anyhow::anyhow!("tunnel: {}", answer.error)));
+        }
+        self.answered = true;
+        Ok(answer)
+    }
+
+    async fn exchange(
+        &mut self,
+        message: Message,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> anyhow::Result<FromTunnel> {
         self.next_id += 1;
         let id = self.next_id;
         let exchange = async {
@@ -83,22 +125,21 @@ impl TunnelLink {
             anyhow::ensure!(answer.id == id, "the tunnel's process answers another question");
             Ok(answer)
         };
-        let answer = tokio::time::timeout(ANSWER_TIMEOUT, exchange)
+        tokio::time::timeout(ANSWER_TIMEOUT, exchange)
             .await
-            .with_context(|| format!("the tunnel's process did not answer within {ANSWER_TIMEOUT:?}"))??;
-        if answer.error.is_empty() { Ok(answer) } else { Err(anyhow::anyhow!("tunnel: {}", answer.error)) }
+            .with_context(|| format!("the tunnel's process did not answer within {ANSWER_TIMEOUT:?}"))?
     }
 
     /// Hands over what the tunnel runs on: queues, then sockets. What was left out of the configuration because it
     /// contradicts the rest.
     ///
     /// # Errors
-    /// The process's own, or that it is gone.
+    /// [`LinkError`].
     pub(super) async fn open(
         &mut self,
         open: TunnelOpen,
         descriptors: &[OwnedFd],
-    ) -> anyhow::Result<Vec<String>> {
+    ) -> Result<Vec<String>, LinkError> {
         let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         Ok(self.call(Message::Open(open), &descriptors).await?.conflicts)
     }
@@ -106,36 +147,40 @@ impl TunnelLink {
     /// Has a key made for this port; its public half.
     ///
     /// # Errors
-    /// The process's own, or that it is gone.
-    pub(super) async fn new_key(&mut self, generation: u64, port: u16) -> anyhow::Result<[u8; 32]> {
+    /// [`LinkError`].
+    pub(super) async fn new_key(&mut self, generation: u64, port: u16) -> Result<[u8; 32], LinkError> {
         let new = TunnelNewKey { generation, port: port.into() };
         let answer = self.call(Message::NewKey(new), &[]).await?;
-        let made = held(answer.keys)?.into_iter().find(|held| held.key.generation == generation);
-        made.map(|held| held.key.public_key).context("the tunnel's process did not make the key")
+        let held = held(answer.keys).map_err(LinkError::Refused)?;
+        let made = held.into_iter().find(|held| held.key.generation == generation);
+        let made = made.context("the tunnel's process did not make the key").map_err(LinkError::Refused)?;
+        Ok(made.key.public_key)
     }
 
     /// Says which of its keys other nodes are told of.
     ///
     /// # Errors
-    /// The process's own, or that it is gone.
-    pub(super) async fn announced(&mut self, generations: Vec<u64>) -> anyhow::Result<()> {
+    /// [`LinkError`].
+    pub(super) async fn announced(&mut self, generations: Vec<u64>) -> Result<(), LinkError> {
         self.call(Message::Announced(TunnelAnnounced { generations }), &[]).await.map(drop)
     }
 
     /// Puts a configuration in force; what was left out because it contradicts the rest.
     ///
     /// # Errors
-    /// The process's own, or that it is gone.
-    pub(super) async fn apply(&mut self, apply: TunnelApply) -> anyhow::Result<Vec<String>> {
+    /// [`LinkError`].
+    pub(super) async fn apply(&mut self, apply: TunnelApply) -> Result<Vec<String>, LinkError> {
         Ok(self.call(Message::Apply(apply), &[]).await?.conflicts)
     }
 
     /// How the tunnel is.
     ///
     /// # Errors
-    /// The process's own, or that it is gone.
-    pub(super) async fn status(&mut self) -> anyhow::Result<TunnelDocument> {
+    /// [`LinkError`].
+    pub(super) async fn status(&mut self) -> Result<TunnelDocument, LinkError> {
         let answer = self.call(Message::Query(TunnelQuery {}), &[]).await?;
-        serde_json::from_slice(&answer.status_json).context("the tunnel's status is not understood")
+        serde_json::from_slice(&answer.status_json)
+            .context("the tunnel's status is not understood")
+            .map_err(LinkError::Refused)
     }
 }

@@ -3,6 +3,9 @@
 //! * [`link`] talks to the process that encrypts ([`crate::tunnel`]); it is found or started like the others below the agent;
 //! * [`session`] is the life with one process: one loop that looks at everything, does what is to be done, and sleeps until
 //!   something changes. It keeps no state that a restart would miss: the process has keys and sessions, the kernel routes;
+//!   what fails is told and tried again ([`refusals`]), and the process goes on with what it has;
+//! * [`surroundings`] keeps routes, refusals and programs with a process and without one;
+//! * [`others`] are the processes of agents before and after this one;
 //! * [`keys`] says when keys change, and which the controller hands to the other nodes;
 //! * [`plan`] makes peers and routes of what the controller says of the other nodes;
 //! * [`wireguard::net`] brings the kernel's routes and rules in line with that;
@@ -14,16 +17,24 @@
 //! before, until nobody sends to that one any more.
 //!
 //! Without the tunnel's process packets for other nodes' pods are refused rather than sent in plain: the routes into the
-//! tunnel outlive its interface as refusals.
+//! tunnel outlive its interface as refusals, and where there has been no process yet, as after the start of the computer, the
+//! refusals come first.
+//!
+//! A process is ended and replaced only if it has died, cannot be talked to for several attempts, refuses everything, or has
+//! lost its interface: with it go its sessions and keys.
 
 mod filter;
 mod keys;
 mod link;
 mod metrics;
+mod others;
 mod paths;
 mod plan;
+mod refusals;
 mod session;
+mod surroundings;
 
+use std::net::UdpSocket;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,12 +44,14 @@ use anyhow::Context;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
+use tokio::process::Child;
 use wireguard::net::probe::PathFinding;
 use wireguard::net::{Router, RoutingStatus};
 
 use self::link::{Found, TunnelLink};
 pub(super) use self::metrics::text as metrics;
-use self::session::Session;
+use self::session::{End, Session, claim};
+use self::surroundings::Surroundings;
 use super::Agent;
 use super::process::{self, Launcher, Restarts};
 use super::takeover::{self, Phase};
@@ -50,6 +63,13 @@ use crate::tunnel::TunnelDocument;
 const ALL_TOLD: Duration = Duration::from_secs(5);
 /// How often the controller is told what it does not seem to have heard.
 const AGAIN: Duration = Duration::from_secs(30);
+/// So many connections in a row on which a process that lives does nothing that it is asked: it is ended, and another one
+/// takes its place.
+const MOST_STRIKES: u32 = 3;
+/// Pause before another connection to a process that lives.
+const BETWEEN_CONNECTIONS: Duration = Duration::from_secs(1);
+/// Longest pause before a free port is looked for again.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// How the node's tunnel is, for status and metrics.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -115,6 +135,16 @@ impl Tunnel {
     }
 }
 
+/// The process, as far as its agent knows it.
+#[derive(Default)]
+struct Process {
+    /// If this agent has started it.
+    child: Option<Child>,
+    pid: Option<u32>,
+    /// Connections in a row on which it did nothing.
+    strikes: u32,
+}
+
 /// Keeps the tunnel. Ends when it is another agent's and nobody sends to this one's process any more.
 pub(super) async fn keep(agent: Arc<Agent>, launcher: Launcher) {
     if !agent.config.wireguard.enabled {
@@ -122,42 +152,157 @@ pub(super) async fn keep(agent: Arc<Agent>, launcher: Launcher) {
     }
     *agent.tunnel.report.lock() = Some(TunnelReport::default());
     let mut restarts = Restarts::new(&launcher.settings);
+    let mut around = Surroundings::new(&agent);
+    let mut process = Process::default();
     loop {
         restarts.started();
-        let mut child = None;
-        let ended = async {
-            let stream = launcher.connect(Role::Tunnel, &mut child).await?;
-            let (link, found) = TunnelLink::greet(stream).await?;
-            *agent.tunnel.pid.lock() = Some(found.pid);
-            Session::start(&agent, launcher.socket(Role::Tunnel), link, found)?.run(&restarts).await
-        }
-        .await;
+        let end = attempt(&agent, &launcher, &mut around, &mut process, &restarts).await;
         *agent.tunnel.pid.lock() = None;
-        let retired = agent.takeover.phase() == Phase::Retired;
-        let end = process::ending(child).await;
-        if retired && ended.is_ok() {
-            tracing::info!("nobody sends to this agent's tunnel any more; it is gone");
-            return;
+        let (error, is_useless) = match end {
+            End::Unneeded => {
+                tracing::info!("nobody sends to this agent's tunnel any more; it is gone");
+                return;
+            }
+            End::Lost(error) => (format!("{error:#}"), false),
+            End::Useless(error) => (format!("{error:#}"), true),
+        };
+        let was_there = process.child.is_some() || process.pid.is_some();
+        let ended = process::end_of(&mut process.child, process.pid).await;
+        let pause = match ended {
+            None if is_useless || process.strikes >= MOST_STRIKES => {
+                tracing::error!(
+                    error,
+                    connections = process.strikes,
+                    "the tunnel's process is of no use any more; it is ended, and its keys with it"
+                );
+                around.without(format!("the tunnel's process is replaced: {error}"));
+                if let Err(error) = around.meanwhile(process.replace()).await {
+                    tracing::error!(
+                        error = format!("{error:#}"),
+                        "the tunnel's process does not end; trying again"
+                    );
+                } else if agent.takeover.phase() == Phase::Retired {
+                    return;
+                }
+                restarts.pause()
+            }
+            None => {
+                tracing::warn!(
+                    error,
+                    "the tunnel's process cannot be talked to; it lives and goes on as it is, and is connected to anew"
+                );
+                around.without(format!("the tunnel's process cannot be talked to: {error}"));
+                BETWEEN_CONNECTIONS
+            }
+            Some(end) => {
+                process = Process::default();
+                if agent.takeover.phase() == Phase::Retired {
+                    tracing::info!(end, error, "this agent's tunnel is gone");
+                    return;
+                }
+                let pause = restarts.pause();
+                let what = match was_there {
+                    true => "the tunnel's process is gone",
+                    false => "the tunnel's process does not start",
+                };
+                tracing::error!(
+                    end,
+                    error,
+                    restart_in_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
+                    "{what}; packets for other nodes' pods are refused until the next one has a key that the other nodes \
+                     know"
+                );
+                around.without(format!("{what}: {error}"));
+                pause
+            }
+        };
+        if process.pid.is_none() {
+            agent.tunnel.restarts.fetch_add(1, Ordering::Relaxed);
         }
-        let error = ended.err().map(|e| format!("{e:#}"));
-        if retired {
-            tracing::info!(end, error, "this agent's tunnel is gone");
-            return;
+        around.meanwhile(tokio::time::sleep(pause)).await;
+    }
+}
+
+/// Finds or starts the process, and serves it for as long as it can be talked to.
+async fn attempt(
+    agent: &Arc<Agent>,
+    launcher: &Launcher,
+    around: &mut Surroundings,
+    process: &mut Process,
+    life: &Restarts,
+) -> End {
+    process.strikes += 1;
+    let socket = launcher.socket(Role::Tunnel);
+    let connecting = async {
+        // Nobody needs another one where the node is not this agent's any more.
+        let stream = match agent.takeover.phase() {
+            Phase::Retired => process::find(&socket).await?.context("it is gone")?,
+            _ => launcher.connect(Role::Tunnel, &mut process.child).await?,
+        };
+        anyhow::Ok(TunnelLink::greet(stream).await?)
+    };
+    let (link, found) = match around.meanwhile(connecting).await {
+        Ok(connected) => connected,
+        Err(error) => {
+            process.look_for(&socket);
+            return End::Lost(error);
         }
-        let pause = restarts.pause();
-        agent.tunnel.restarts.fetch_add(1, Ordering::Relaxed);
-        tracing::error!(
-            end,
-            error,
-            restart_in_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
-            "the tunnel's process is gone; packets for other nodes' pods are refused until the next one has a key that the \
-             other nodes know"
-        );
-        if let Some(report) = agent.tunnel.report.lock().as_mut() {
-            report.tunnel = None;
-            report.findings = vec![format!("the tunnel's process is gone: {}", error.unwrap_or(end))];
+    };
+    process.pid = Some(found.pid);
+    *agent.tunnel.pid.lock() = Some(found.pid);
+    let Some(ports) = claim_some(agent, around, &found).await else {
+        return match process::end(found.pid).await {
+            Ok(()) => End::Unneeded,
+            Err(error) => End::Lost(error.into()),
+        };
+    };
+    let mut session = Session::start(agent, around, socket, link, found, ports);
+    let end = session.run(life).await;
+    if session.was_of_use() {
+        process.strikes = 0;
+    }
+    end
+}
+
+/// Waits for a port; `None` when the node is another agent's meanwhile, so that none is needed.
+async fn claim_some(
+    agent: &Agent,
+    around: &mut Surroundings,
+    found: &Found,
+) -> Option<(u16, Vec<UdpSocket>)> {
+    let mut pause = BETWEEN_CONNECTIONS;
+    loop {
+        match claim(&agent.config.wireguard, found) {
+            Ok(ports) => return Some(ports),
+            Err(_) if agent.takeover.phase() == Phase::Retired => return None,
+            Err(error) => around.lacks(format!("{error:#}")),
         }
-        tokio::time::sleep(pause).await;
+        around.meanwhile(tokio::time::sleep(pause)).await;
+        pause = (pause * 2).min(LONGEST_WAIT);
+    }
+}
+
+impl Process {
+    /// Finds out which it is, although it did not say.
+    fn look_for(&mut self, socket: &Path) {
+        if self.child.is_none() && self.pid.is_none() {
+            self.pid = process::holder(socket).unwrap_or_else(|error| {
+                tracing::warn!(%error, "it cannot be told whether the tunnel's process lives");
+                None
+            });
+        }
+    }
+
+    /// Ends it, whatever it does.
+    async fn replace(&mut self) -> anyhow::Result<()> {
+        if let Some(pid) = self.pid {
+            process::end(pid).await?;
+        }
+        if let Some(child) = &mut self.child {
+            process::reap(child).await?;
+        }
+        *self = Self::default();
+        Ok(())
     }
 }
 
@@ -240,21 +385,4 @@ pub(super) async fn remove_traces(config: &NodeConfig) -> anyhow::Result<()> {
         tracing::info!(removed, "the tunnel's routes and rules are gone");
     }
     programs
-}
-
-/// The node's other processes: of an agent that this one takes over from, or the other way round.
-async fn others(run_dir: &Path, own: &Path) -> anyhow::Result<Vec<Found>> {
-    let mut others = Vec::new();
-    for (_, path) in process::sockets(Role::Tunnel, run_dir)? {
-        if path == own {
-            continue;
-        }
-        // One that ends in the middle of the question has none any more.
-        if let Some(stream) = process::find(&path).await?
-            && let Ok((_, found)) = TunnelLink::greet(stream).await
-        {
-            others.push(found);
-        }
-    }
-    Ok(others)
 }

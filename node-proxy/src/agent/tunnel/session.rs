@@ -1,7 +1,11 @@
 //! The life with one process of the tunnel, from the hello to its end.
+//!
+//! Whatever fails here is told and tried again, while packets go on as they did; only when the process cannot be talked to
+//! any more, or has nothing left to work with, does the session end.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, UdpSocket};
+use std::convert::Infallible;
+use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,14 +15,13 @@ use anyhow::Context;
 use mesh_api::client::Registration;
 use mesh_api::model::{NodeTunnel, TunnelKey};
 use wireguard::device::user;
-use wireguard::net::probe::Path;
-use wireguard::net::{self, Inputs, Router, RoutingStatus};
 
-use super::filter::{self, Around, Filter};
 use super::keys::{Keys, Step, registered};
-use super::link::{Found, HeldKey, TunnelLink};
-use super::paths::Paths;
-use super::{AGAIN, TunnelReport, others, plan};
+use super::link::{Found, LinkError, TunnelLink};
+use super::others::Others;
+use super::refusals::{Attempt, Refusals};
+use super::surroundings::{Inside, Surroundings};
+use super::{AGAIN, TunnelReport, plan};
 use crate::agent::Agent;
 use crate::agent::mesh::Tunnels;
 use crate::agent::process::{self, Restarts};
@@ -33,21 +36,35 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 const GATHER: Duration = Duration::from_secs(1);
 /// How often at most the process is asked and the kernel's routes are read.
 const LOOK_SELDOM: Duration = Duration::from_secs(1);
-/// How often the node's other processes are asked for their keys.
-const OTHERS_EVERY: Duration = Duration::from_secs(2);
-/// How often routes are compared with the kernel's when nothing changes.
-const ROUTES_EVERY: Duration = Duration::from_secs(30);
 /// How long the keys of an agent that retired stay registered, so that other nodes can agree on sessions with the next.
 const SETTLE: Duration = Duration::from_secs(5);
+/// UDP ports that tunnels of a node have among them; rules and firewalls know them all.
+const PORTS: u16 = 4;
 /// How long after this node was told of its keys all others have been.
 const ALL_TOLD: Duration = Duration::from_secs(2);
+
+/// Why a session is over.
+#[derive(Debug)]
+pub(super) enum End {
+    /// Nobody needs the process any more; it was ended.
+    Unneeded,
+    /// It cannot be talked to over this connection. It may live.
+    Lost(anyhow::Error),
+    /// It is of no use: another one is needed in its place.
+    Useless(anyhow::Error),
+}
+
+impl From<anyhow::Error> for End {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Lost(error)
+    }
+}
 
 /// One process.
 pub(super) struct Session<'a> {
     agent: &'a Arc<Agent>,
     settings: &'a WireguardSettings,
-    /// Of the process's control socket.
-    path: PathBuf,
+    around: &'a mut Surroundings,
     link: TunnelLink,
     pid: u32,
     port: u16,
@@ -56,104 +73,82 @@ pub(super) struct Session<'a> {
     /// Sockets of its port, until it has them.
     sockets: Vec<UdpSocket>,
     keys: Keys,
-    router: Router,
     /// Beginning of this session's steady time.
     since: Instant,
     retired: Option<Instant>,
-    others: Vec<Found>,
-    others_asked: Option<Instant>,
+    others: Others,
+    refusals: Refusals,
     announced: Vec<u64>,
     registered: Vec<TunnelKey>,
     registered_since: Option<Instant>,
     applied: Option<TunnelApply>,
-    routed: Option<(Inputs, Instant)>,
     conflicts: Vec<String>,
-    /// None before the node is this agent's, and where the kernel has no such programs.
-    filter: Option<Filter>,
-    /// Devices by which packets leave the node, or did, the smallest of their MTUs, for which nodes, and since when.
-    uplinks: BTreeSet<String>,
-    uplink_mtu: Option<u16>,
-    uplinks_of: Option<(Vec<IpAddr>, Instant)>,
-    paths: Paths,
-    /// What is wrong with routes and programs.
-    wrong: Vec<String>,
-    /// The same the last time it was logged.
-    logged: Vec<String>,
     /// What the process said of itself, and when.
     document: TunnelDocument,
     looked: Option<Instant>,
     said: Registration,
     told_since: Option<Instant>,
-    /// The nodes' tunnels when the controller last told of this one's, and whether it does.
-    last: Option<Tunnels>,
-    known: bool,
-    /// Whether it did when this session began.
-    was_known: bool,
 }
 
 impl<'a> Session<'a> {
-    /// # Errors
-    /// When no port is free, or the routes cannot be looked at.
+    /// `ports` are what [`claim`] gave for it.
     pub(super) fn start(
         agent: &'a Arc<Agent>,
+        around: &'a mut Surroundings,
         path: PathBuf,
         link: TunnelLink,
         found: Found,
-    ) -> anyhow::Result<Session<'a>> {
+        (port, sockets): (u16, Vec<UdpSocket>),
+    ) -> Session<'a> {
         let settings = &agent.config.wireguard;
         let Found { pid, opened, keys } = found;
-        let (port, sockets) = match &opened {
-            Some(opened) => (u16::try_from(opened.port).context("the tunnel's port is none")?, Vec::new()),
-            None => claim(settings, keys.first().map(|held| held.key.ports[0]))?,
-        };
+        let newest = keys.iter().max_by_key(|held| held.key.generation);
+        let age = newest.map_or(Duration::ZERO, |held| held.age);
         let own = keys.iter().map(|held| (held.key.generation, held.key.public_key)).collect();
-        let keys = Keys::new(own, 0, settings.rotate_after, settings.overlap, Duration::ZERO);
-        let router = Router::open(plan::routing(settings)).context("cannot look at the routes")?;
+        let keys = Keys::new(own, age, settings.rotate_after, settings.overlap, Duration::ZERO);
         let opened = opened.is_some();
         tracing::info!(pid, port, opened, "the tunnel's process is connected");
-        Ok(Session {
+        around.with();
+        Session {
             agent,
             settings,
-            path,
+            around,
             link,
             pid,
             port,
             opened,
             sockets,
             keys,
-            router,
             since: Instant::now(),
             retired: None,
-            others: Vec::new(),
-            others_asked: None,
+            others: Others::new(agent.config.node.run_dir.clone(), path),
+            refusals: Refusals::default(),
             announced: Vec::new(),
             registered: Vec::new(),
             registered_since: None,
             applied: None,
-            routed: None,
             conflicts: Vec::new(),
-            filter: None,
-            uplinks: BTreeSet::new(),
-            uplink_mtu: None,
-            uplinks_of: None,
-            paths: Paths::default(),
-            wrong: Vec::new(),
-            logged: Vec::new(),
             document: TunnelDocument::default(),
             looked: None,
             said: Registration::None,
             told_since: None,
-            last: None,
-            known: false,
-            was_known: false,
-        })
+        }
     }
 
-    /// Serves the process to its end; without an error it was not needed any more.
-    ///
-    /// # Errors
-    /// Why it cannot be served any longer.
-    pub(super) async fn run(mut self, life: &Restarts) -> anyhow::Result<()> {
+    /// Whether the process did anything that it was asked.
+    pub(super) fn was_of_use(&self) -> bool {
+        self.link.has_answered()
+    }
+
+    /// Serves the process to its end.
+    pub(super) async fn run(&mut self, life: &Restarts) -> End {
+        match self.rounds(life).await {
+            Ok(never) => match never {},
+            Err(end) => end,
+        }
+    }
+
+    async fn rounds(&mut self, life: &Restarts) -> Result<Infallible, End> {
         let mut changes = self.agent.changed.subscribe();
         let mut registration = self.agent.controller.reporter.registration();
         let mut phases = self.agent.takeover.phases();
@@ -170,40 +165,41 @@ impl<'a> Session<'a> {
                 let state = self.agent.state.lock();
                 (state.mesh.is_complete(), state.mesh.tunnels())
             };
+            self.around.begin();
             let this = tunnels.this.clone();
-            self.look_at_others().await?;
+            self.look_at_others().await;
             let known = this.iter().flat_map(|this| &this.keys);
-            let given = known.chain(self.keys_of_others().map(|held| &held.key)).map(|key| key.generation);
+            let given = known.chain(self.others.keys().map(|held| &held.key)).map(|key| key.generation);
             self.keys.given(given.max().unwrap_or_default());
 
             let looks = self.looked.is_none_or(|at| at.elapsed() >= LOOK_SELDOM);
-            if looks && self.opened {
-                self.document = self.link.status().await?;
+            if looks && self.opened && self.is_due(Attempt::Ask) {
+                let answer = self.link.status().await;
+                if let Some(document) = self.heard(Attempt::Ask, answer)? {
+                    self.document = document;
+                }
             }
-            life.works();
             let said = registration.borrow_and_update().clone();
             let told = self.told(&said, this.as_deref());
             let only = self.others.is_empty();
             let pause = match self.keys.step(&self.document, told, only, self.since.elapsed()) {
-                Step::Make(generation) => {
-                    let public = self.link.new_key(generation, self.port).await?;
-                    self.keys.made(generation, public, self.since.elapsed());
-                    tracing::info!(generation, "the tunnel has a new key");
-                    Duration::ZERO
-                }
+                Step::Make(generation) => self.make_key(generation).await?,
                 Step::Drop(generation) => {
                     self.keys.dropped(generation);
                     tracing::info!(generation, "the tunnel's old key is gone");
                     Duration::ZERO
                 }
                 Step::Wait(pause) => pause,
-                Step::End => return Ok(process::end(self.pid).await?),
+                Step::End => self.end().await?,
             };
             // What is not known of other nodes is no reason to forget what the kernel and the process know of them.
             if complete {
                 self.keep_up(phase, tunnels).await?;
             }
             self.tell(phase).await?;
+            if self.link.has_answered() {
+                life.works();
+            }
             if looks || self.said != said {
                 self.report(&said, told).await;
                 self.said = said;
@@ -230,51 +226,108 @@ impl<'a> Session<'a> {
         }
     }
 
+    fn is_due(&self, attempt: Attempt) -> bool {
+        self.refusals.is_due(attempt, self.since.elapsed())
+    }
+
+    /// What came of something that the process was asked; none when it refused, which is told and tried again.
+    fn heard<T>(&mut self, attempt: Attempt, answer: Result<T, LinkError>) -> Result<Option<T>, End> {
+        match answer {
+            Ok(answer) => {
+                self.refusals.done(attempt);
+                Ok(Some(answer))
+            }
+            Err(LinkError::Refused(why)) => {
+                self.refusals.refused(attempt, format!("{why:#}"), self.since.elapsed());
+                if self.refusals.is_sick() {
+                    return Err(End::Lost(why.context("the tunnel's process refuses everything")));
+                }
+                Ok(None)
+            }
+            Err(LinkError::Lost(why)) => Err(End::Lost(why)),
+        }
+    }
+
+    /// Something failed that the process has no part in.
+    fn failed(&mut self, attempt: Attempt, why: &anyhow::Error) {
+        self.refusals.failed(attempt, format!("{why:#}"), self.since.elapsed());
+    }
+
+    /// Has the next key made; when to look again.
+    async fn make_key(&mut self, generation: u64) -> Result<Duration, End> {
+        if !self.is_due(Attempt::MakeKey) {
+            return Ok(LOOK_EVERY);
+        }
+        let answer = self.link.new_key(generation, self.port).await;
+        let Some(public) = self.heard(Attempt::MakeKey, answer)? else { return Ok(LOOK_EVERY) };
+        self.keys.made(generation, public, self.since.elapsed());
+        tracing::info!(generation, "the tunnel has a new key");
+        Ok(Duration::ZERO)
+    }
+
+    /// Ends the process; when to try again if that fails.
+    async fn end(&mut self) -> Result<Duration, End> {
+        if self.is_due(Attempt::End) {
+            match process::end(self.pid).await {
+                Ok(()) => return Err(End::Unneeded),
+                Err(error) => self.failed(Attempt::End, &error.into()),
+            }
+        }
+        Ok(LOOK_EVERY)
+    }
+
     /// Has process and kernel follow what the controller says of the nodes.
-    async fn keep_up(&mut self, phase: Phase, mut tunnels: Tunnels) -> anyhow::Result<()> {
-        self.known = tunnels.this.is_some();
-        if self.looked.is_none() {
-            self.was_known = self.known;
-        }
-        if self.known {
-            self.last = Some(tunnels.clone());
-        } else if let Some(last) = &self.last {
-            // Nobody takes a tunnel back that this node wants: its pods' packets do not go out in plain for it.
-            tunnels.clone_from(last);
-        }
+    async fn keep_up(&mut self, phase: Phase, tunnels: Tunnels) -> Result<(), End> {
         let addresses = plan::own_addresses();
-        self.wrong.clear();
-        self.look_at_uplinks(&tunnels).await;
+        let tunnels = self.around.hear(tunnels).await;
         if self.opened {
             self.configure(&tunnels).await?;
-        } else if phase == Phase::InCharge
-            && let Err(error) = self.open(&tunnels).await
-        {
-            // What cannot go through the tunnel is refused meanwhile.
-            self.route(&tunnels).await?;
-            self.filter(&tunnels, &addresses);
-            return Err(error);
+        } else if phase == Phase::InCharge && self.is_due(Attempt::Open) {
+            self.open(&tunnels).await?;
         }
-        if phase == Phase::InCharge {
-            self.probe(&tunnels, &addresses);
-            // Where packets went in plain until now they go on so until the other nodes know whose they are.
-            let is_new = !self.was_known && self.routed.is_none() && !self.all_told();
-            if !is_new {
-                self.route(&tunnels).await?;
+        let inside = match self.opened {
+            true => Inside::Open { mtu: self.mtu(), told: self.all_told() },
+            false => Inside::Away,
+        };
+        if phase == Phase::InCharge && self.opened {
+            let peers = self.document.peers.iter().filter(|(_, peer)| peer.sessions.iter().any(|s| s.sending));
+            let peers: BTreeSet<&str> = peers.map(|(name, _)| name.as_str()).collect();
+            self.around.probe(&tunnels, &addresses, self.mtu(), &peers);
+        }
+        // The process has descriptors of a device that is no more.
+        self.around
+            .keep(phase, &tunnels, &addresses, inside)
+            .await
+            .map_err(|removed| End::Useless(removed.into()))
+    }
+
+    /// Opens what the process runs on and hands it over. What cannot go through the tunnel meanwhile is refused.
+    async fn open(&mut self, tunnels: &Tunnels) -> Result<(), End> {
+        let apply = self.configuration(tunnels);
+        let (open, descriptors) = match self.make_interface(&apply).await {
+            Ok(made) => made,
+            Err(error) => {
+                self.failed(Attempt::Open, &error);
+                return Ok(());
             }
-            self.filter(&tunnels, &addresses);
+        };
+        // Handshakes that came too early are begun again.
+        self.sockets.iter().for_each(drain);
+        let answer = self.link.open(open, &descriptors).await;
+        if let Some(conflicts) = self.heard(Attempt::Open, answer)? {
+            self.opened = true;
+            self.sockets.clear();
+            self.configured(apply, conflicts);
         }
         Ok(())
     }
 
-    /// Opens what the process runs on and hands it over.
-    async fn open(&mut self, tunnels: &Tunnels) -> anyhow::Result<()> {
-        let apply = self.configuration(tunnels);
+    async fn make_interface(&mut self, apply: &TunnelApply) -> anyhow::Result<(TunnelOpen, Vec<OwnedFd>)> {
         let mtu = u16::try_from(apply.mtu).unwrap_or(u16::MAX);
         // From now on packets come to this process alone; those under way in another one are still sent by it.
-        self.others_asked = None;
-        self.look_at_others().await?;
-        let theirs = self.others.iter().filter_map(|other| other.opened.as_ref()).map(|open| open.queues);
+        self.others.ask_anew();
+        self.look_at_others().await;
+        let theirs = self.others.found().filter_map(|other| other.opened.as_ref()).map(|open| open.queues);
         let before = usize::try_from(theirs.sum::<u32>()).unwrap_or(usize::MAX);
         let interface = user::interface(&self.settings.interface, mtu, user::QUEUES, before)?;
         if let Err(error) = &interface.steering {
@@ -289,26 +342,17 @@ impl<'a> Session<'a> {
             keepalive_seconds: u32::try_from(self.settings.keepalive.as_secs()).unwrap_or(u32::MAX),
             apply: Some(apply.clone()),
         };
-        // Handshakes that came too early are begun again.
-        self.sockets.iter().for_each(drain);
         let mut descriptors: Vec<OwnedFd> = interface.queues;
-        descriptors.extend(std::mem::take(&mut self.sockets).into_iter().map(OwnedFd::from));
-        let conflicts = self.link.open(open, &descriptors).await?;
-        self.opened = true;
-        self.configured(apply, conflicts);
-        Ok(())
-    }
-
-    async fn look_at_others(&mut self) -> anyhow::Result<()> {
-        if self.others_asked.is_none_or(|at| at.elapsed() >= OTHERS_EVERY) {
-            self.others = others(&self.agent.config.node.run_dir, &self.path).await?;
-            self.others_asked = Some(Instant::now());
+        for socket in &self.sockets {
+            descriptors.push(socket.try_clone().context("cannot duplicate the tunnel's sockets")?.into());
         }
-        Ok(())
+        Ok((open, descriptors))
     }
 
-    fn keys_of_others(&self) -> impl Iterator<Item = &HeldKey> {
-        self.others.iter().flat_map(|other| &other.keys)
+    async fn look_at_others(&mut self) {
+        if let Err(error) = self.others.look().await {
+            self.around.note(format!("the node's other tunnels are not known: {error}"));
+        }
     }
 
     /// Whether the controller tells the nodes of all keys that are to be known: `this` is what it tells of this one.
@@ -337,14 +381,16 @@ impl<'a> Session<'a> {
     }
 
     /// Tells the controller of the node's keys, and other agents of those of this process.
-    async fn tell(&mut self, phase: Phase) -> anyhow::Result<()> {
+    async fn tell(&mut self, phase: Phase) -> Result<(), End> {
         let announced: Vec<u64> = self.keys.announced().iter().map(|(generation, _)| *generation).collect();
-        if self.announced != announced {
-            self.link.announced(announced.clone()).await?;
-            self.announced = announced;
+        if self.announced != announced && self.is_due(Attempt::Announce) {
+            let answer = self.link.announced(announced.clone()).await;
+            if self.heard(Attempt::Announce, answer)?.is_some() {
+                self.announced = announced;
+            }
         }
         let others: Vec<TunnelKey> =
-            self.keys_of_others().filter(|held| held.announced).map(|held| held.key).collect();
+            self.others.keys().filter(|held| held.announced).map(|held| held.key).collect();
         let all = registered(&self.keys, [self.port; 2], &others);
         // A key attracts packets. The first one of a node that has no tunnel yet is not told before they can be taken.
         let is_first = phase == Phase::Preparing && others.is_empty();
@@ -356,17 +402,19 @@ impl<'a> Session<'a> {
     }
 
     /// Tells the process of its keys and of the other nodes.
-    async fn configure(&mut self, tunnels: &Tunnels) -> anyhow::Result<()> {
+    async fn configure(&mut self, tunnels: &Tunnels) -> Result<(), End> {
         let apply = self.configuration(tunnels);
-        if self.applied.as_ref() != Some(&apply) {
-            let conflicts = self.link.apply(apply.clone()).await?;
-            self.configured(apply, conflicts);
+        if self.applied.as_ref() != Some(&apply) && self.is_due(Attempt::Configure) {
+            let answer = self.link.apply(apply.clone()).await;
+            if let Some(conflicts) = self.heard(Attempt::Configure, answer)? {
+                self.configured(apply, conflicts);
+            }
         }
         Ok(())
     }
 
     fn configuration(&self, tunnels: &Tunnels) -> TunnelApply {
-        let mtu = u32::from(plan::mtu(self.settings, tunnels, self.uplink_mtu));
+        let mtu = u32::from(self.around.mtu(tunnels));
         let peers = to_wire(&plan::peers(tunnels));
         TunnelApply { generations: self.keys.generations(), peers, mtu }
     }
@@ -379,123 +427,20 @@ impl<'a> Session<'a> {
         self.applied = Some(apply);
     }
 
-    /// Finds out how large packets may be on the way to nodes with which there is a session.
-    fn probe(&mut self, tunnels: &Tunnels, addresses: &[IpAddr]) {
-        let peers = self.document.peers.iter().filter(|(_, peer)| peer.sessions.iter().any(|s| s.sending));
-        let peers: BTreeSet<&str> = peers.map(|(name, _)| name.as_str()).collect();
-        let targets = plan::targets(tunnels, addresses, self.mtu(), &peers);
-        self.paths.look(targets, |node| tunnels.others.iter().any(|tunnel| &*tunnel.node == node));
-    }
-
     /// MTU of the tunnel's interface, which may not be there yet.
     fn mtu(&self) -> u16 {
         let mtu = self.applied.as_ref().map_or(self.settings.mtu.into(), |applied| applied.mtu);
         u16::try_from(mtu.max(plan::SMALLEST_MTU)).unwrap_or(u16::MAX)
     }
 
-    /// Brings the kernel's routes in line.
-    async fn route(&mut self, tunnels: &Tunnels) -> anyhow::Result<()> {
-        let interface = &self.settings.interface;
-        let inputs = plan::inputs(tunnels, interface, self.mtu(), |peer| self.paths.usable_mtu(peer));
-        let due =
-            self.routed.as_ref().is_none_or(|(last, at)| *last != inputs || at.elapsed() >= ROUTES_EVERY);
-        if !due {
-            return Ok(());
-        }
-        match self.router.apply(&inputs).await {
-            Ok(applied) => {
-                if applied.changes > 0 {
-                    tracing::info!(changes = applied.changes, "routes of the tunnel changed");
-                }
-                self.routed = Some((inputs, Instant::now()));
-            }
-            Err(error) => {
-                if self.opened && matches!(error, net::Error::NoDevice(_)) {
-                    // The process has descriptors of a device that is no more.
-                    process::end(self.pid).await?;
-                    return Err(anyhow::Error::new(error).context("somebody removed the tunnel's interface"));
-                }
-                self.wrong.push(format!("not all routes of the tunnel are as they should be: {error}"));
-            }
-        }
-        self.filter.iter_mut().for_each(Filter::distrust);
-        Ok(())
-    }
-
-    /// Finds out by which devices packets to the other nodes leave this one.
-    async fn look_at_uplinks(&mut self, tunnels: &Tunnels) {
-        let nodes: Vec<IpAddr> = tunnels.others.iter().flat_map(|tunnel| tunnel.addresses.clone()).collect();
-        let known = self.uplinks_of.as_ref();
-        if known.is_some_and(|(of, since)| *of == nodes && since.elapsed() < ROUTES_EVERY) {
-            return;
-        }
-        match self.router.devices_towards(&nodes).await {
-            Ok(found) => {
-                self.uplink_mtu = found.values().min().map(|mtu| u16::try_from(*mtu).unwrap_or(u16::MAX));
-                // One that leads nowhere for a moment is not left unwatched.
-                self.uplinks.extend(found.into_keys());
-                self.uplinks_of = Some((nodes, Instant::now()));
-            }
-            Err(error) => self.wrong.push(error.to_string()),
-        }
-    }
-
-    /// Tells the programs around the tunnel what there is.
-    fn filter(&mut self, tunnels: &Tunnels, addresses: &[IpAddr]) {
-        if let Err(error) = self.try_filter(tunnels, addresses) {
-            self.wrong
-                .push(format!("what must not cross between nodes in clear text is not all dropped: {error}"));
-        }
-    }
-
-    fn try_filter(&mut self, tunnels: &Tunnels, addresses: &[IpAddr]) -> Result<(), redirect_bpf::Error> {
-        let mtu = self.mtu();
-        let filter = match &mut self.filter {
-            Some(filter) => filter,
-            None => self.filter.insert(Filter::open(&self.agent.config)?),
-        };
-        let uplinks = self.uplinks.iter().chain(&self.settings.uplinks).cloned().collect();
-        let around = Around {
-            tunnels,
-            interface: &self.settings.interface,
-            mtu,
-            usable: &|peer| self.paths.usable_mtu(peer),
-            uplinks: &uplinks,
-            own_addresses: addresses,
-        };
-        let policy = {
-            let state = self.agent.state.lock();
-            filter::policy(self.settings, &state.mesh, &around)
-        };
-        filter.apply(policy)
-    }
-
     async fn report(&mut self, said: &Registration, told: bool) {
-        if self.wrong != self.logged {
-            self.wrong.iter().for_each(|wrong| tracing::error!(wrong, "the tunnel is not as it should be"));
-            self.logged.clone_from(&self.wrong);
-        }
-        let routing = match &self.routed {
-            Some((inputs, _)) => self.router.status(inputs).await,
-            None => Ok(RoutingStatus::default()),
-        };
-        if routing.as_ref().is_ok_and(|routing| routing.differences > 0) {
-            self.routed = None;
+        let refusals: Vec<String> = self.refusals.findings().map(str::to_owned).collect();
+        for wrong in refusals.into_iter().chain(self.others.findings()) {
+            self.around.note(wrong);
         }
         let mut findings = self.conflicts.clone();
-        let routing = routing.unwrap_or_else(|error| {
-            findings.push(error.to_string());
-            RoutingStatus::default()
-        });
-        findings.extend(routing.findings.iter().cloned());
-        findings.extend(self.wrong.iter().cloned());
-        let holes = self.paths.findings().filter(|found| matches!(found.path, Path::BlackHole { .. }));
-        findings.extend(holes.map(ToString::to_string));
-        let strict = self.filter.as_ref().map(Filter::status).transpose().unwrap_or_else(|error| {
-            findings.push(error.to_string());
-            None
-        });
-        if *said == Registration::Registered && !self.known && self.since.elapsed() >= AGAIN {
+        let (routing, strict) = self.around.describe(&mut findings).await;
+        if *said == Registration::Registered && !self.around.is_known() && self.since.elapsed() >= AGAIN {
             findings.push(
                 "the controller tells of no tunnel of this node, so other nodes send nothing through it: look at the Node's \
                  status.addresses and spec.podCIDRs"
@@ -515,7 +460,7 @@ impl<'a> Session<'a> {
             Registration::Refused(why) => {
                 findings.push(format!("the controller does not take this node's keys: {why}"));
                 // The keys of the agent that has the node stay in force.
-                (format!("refused: {why}"), self.keys_of_others().any(|held| held.announced))
+                (format!("refused: {why}"), self.others.keys().any(|held| held.announced))
             }
         };
         *self.agent.tunnel.missing.lock() = missing.then(|| format!("the tunnel's key: {registration}"));
@@ -523,7 +468,7 @@ impl<'a> Session<'a> {
             tunnel: Some(self.document.clone()),
             routing,
             strict,
-            paths: self.paths.findings().cloned().collect(),
+            paths: self.around.paths(),
             registration,
             findings,
             rotations: self.keys.rotations(),
@@ -533,17 +478,29 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Sockets of the process's port: the one it has, else the first of two that nobody has.
-fn claim(settings: &WireguardSettings, has: Option<u16>) -> anyhow::Result<(u16, Vec<UdpSocket>)> {
+/// The port of a process, and sockets of it unless it has them: the port for which it made its keys, else the first that
+/// nobody has. Of agents that take the node over from one another while those before still receive each has its own.
+///
+/// # Errors
+/// When none is free.
+pub(super) fn claim(
+    settings: &WireguardSettings,
+    found: &Found,
+) -> anyhow::Result<(u16, Vec<UdpSocket>)> {
+    if let Some(opened) = &found.opened {
+        return Ok((u16::try_from(opened.port).context("the tunnel's port is none")?, Vec::new()));
+    }
+    let has = found.keys.first().map(|held| held.key.ports[0]);
     let threads = match settings.threads {
         0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(4),
         threads => threads as usize,
     };
-    let next = settings.port.saturating_add(1);
-    let port = has.or_else(|| [settings.port, next].into_iter().find(|port| user::is_free(*port)));
+    let last = settings.port.saturating_add(PORTS - 1);
+    let port = has.or_else(|| (settings.port..=last).find(|port| user::is_free(*port)));
     let port = port.with_context(|| {
         format!(
-            "UDP ports {} and {next} are both in use; another WireGuard may have them: set wireguard.port",
+            "UDP ports {} to {last} are all in use: by tunnels of agents before this one, which are gone within \
+             wireguard.overlap, or by another WireGuard: then set wireguard.port",
             settings.port
         )
     })?;

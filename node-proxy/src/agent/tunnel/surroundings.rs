@@ -1,0 +1,382 @@
+//! What is around the tunnel on this node: the routes into it, the refusals for when it is not there, and the programs that
+//! drop what goes past it.
+//!
+//! It is kept for as long as the node is this agent's, whether or not there is a process that encrypts: what has to be
+//! encrypted is refused from the moment at which the agent knows of it, and not only once a tunnel has been there. Nothing
+//! here ends a process; what fails is told, and tried again at the next look.
+
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use redirect_bpf::tunnel::TunnelStatus;
+use wireguard::net::probe::{Path, PathFinding};
+use wireguard::net::{self, Inputs, Router, RoutingStatus, TunnelDevice};
+
+use super::filter::{self, Around, Filter};
+use super::paths::Paths;
+use super::{TunnelReport, plan};
+use crate::agent::Agent;
+use crate::agent::mesh::Tunnels;
+use crate::agent::takeover::Phase;
+use crate::config::WireguardSettings;
+
+/// How often all is looked at while there is no process.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How often routes are compared with the kernel's when nothing changes.
+const ROUTES_EVERY: Duration = Duration::from_secs(30);
+
+/// How it is with the tunnel itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Inside {
+    /// This agent has no process that carries packets. Another one's may, as long as there is an interface.
+    Away,
+    /// This agent's process has the interface.
+    Open {
+        /// Of the interface, as the process knows it.
+        mtu: u16,
+        /// All other nodes should know whose packets come out of it.
+        told: bool,
+    },
+}
+
+/// The interface of a process that has it is not there.
+#[derive(Debug, thiserror::Error)]
+#[error("somebody removed the tunnel's interface")]
+pub(super) struct Removed;
+
+/// What is around the tunnel.
+pub(super) struct Surroundings {
+    agent: Arc<Agent>,
+    router: Option<Router>,
+    routed: Option<(Inputs, Instant)>,
+    /// None before the node is this agent's, and where the kernel has no such programs.
+    filter: Option<Filter>,
+    /// Devices by which packets leave the node, or did, the smallest of their MTUs, for which nodes, and since when.
+    uplinks: BTreeSet<String>,
+    uplink_mtu: Option<u16>,
+    uplinks_of: Option<(Vec<IpAddr>, Instant)>,
+    paths: Paths,
+    /// The nodes' tunnels when the controller last told of this one's, and whether it does.
+    last: Option<Tunnels>,
+    known: bool,
+    /// Whether it did at first, or before a process ended: then other nodes may send into a tunnel, and nothing of this
+    /// node's pods is to go out in plain.
+    was_known: Option<bool>,
+    /// What is wrong now, and what was the last time that it was logged.
+    wrong: Vec<String>,
+    logged: Vec<String>,
+    /// Why there is no process.
+    away: Option<String>,
+}
+
+impl Surroundings {
+    pub(super) fn new(agent: &Arc<Agent>) -> Self {
+        Self {
+            agent: Arc::clone(agent),
+            router: None,
+            routed: None,
+            filter: None,
+            uplinks: BTreeSet::new(),
+            uplink_mtu: None,
+            uplinks_of: None,
+            paths: Paths::default(),
+            last: None,
+            known: false,
+            was_known: None,
+            wrong: Vec::new(),
+            logged: Vec::new(),
+            away: None,
+        }
+    }
+
+    fn settings(&self) -> &WireguardSettings {
+        &self.agent.config.wireguard
+    }
+
+    /// Waits for something, and keeps what is around the tunnel meanwhile.
+    pub(super) async fn meanwhile<T>(&mut self, what: impl Future<Output = T>) -> T {
+        tokio::select! {
+            biased;
+            out = what => out,
+            never = self.alone() => match never {},
+        }
+    }
+
+    /// There is no process, and why.
+    pub(super) fn without(&mut self, why: String) {
+        // Other nodes may have been told of the keys of the one that was there.
+        if self.known {
+            self.was_known = Some(true);
+        }
+        self.away = Some(why);
+    }
+
+    /// There is a process that lacks something without which it cannot begin.
+    pub(super) fn lacks(&mut self, what: String) {
+        if self.away.as_ref() != Some(&what) {
+            tracing::error!(what, "the tunnel cannot begin; trying again");
+        }
+        self.away = Some(what);
+    }
+
+    /// There is a process again.
+    pub(super) fn with(&mut self) {
+        self.away = None;
+    }
+
+    /// Whether the controller tells of this node's tunnel.
+    pub(super) fn is_known(&self) -> bool {
+        self.known
+    }
+
+    /// A look begins.
+    pub(super) fn begin(&mut self) {
+        self.wrong.clear();
+    }
+
+    /// Something is wrong.
+    pub(super) fn note(&mut self, wrong: impl Into<String>) {
+        self.wrong.push(wrong.into());
+    }
+
+    /// Keeps up while there is no process to talk to.
+    async fn alone(&mut self) -> Infallible {
+        let mut changes = self.agent.changed.subscribe();
+        let mut phases = self.agent.takeover.phases();
+        loop {
+            let phase = *phases.borrow_and_update();
+            self.begin();
+            let tunnels = {
+                let state = self.agent.state.lock();
+                state.mesh.is_complete().then(|| state.mesh.tunnels())
+            };
+            if let Some(tunnels) = tunnels {
+                let tunnels = self.hear(tunnels).await;
+                // Nothing to be lost.
+                let _ = self.keep(phase, &tunnels, &plan::own_addresses(), Inside::Away).await;
+            }
+            self.report_alone(phase).await;
+            // The agent's own end is that of this task.
+            tokio::select! {
+                _ = changes.changed() => {}
+                _ = phases.changed() => {}
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+        }
+    }
+
+    /// Takes note of what the controller says of the nodes; the tunnels to go by.
+    pub(super) async fn hear(&mut self, mut tunnels: Tunnels) -> Tunnels {
+        self.known = tunnels.this.is_some();
+        self.was_known.get_or_insert(self.known);
+        if self.known {
+            self.last = Some(tunnels.clone());
+        } else if let Some(last) = &self.last {
+            // Nobody takes a tunnel back that this node wants: its pods' packets do not go out in plain for it.
+            tunnels.clone_from(last);
+        }
+        self.look_at_uplinks(&tunnels).await;
+        tunnels
+    }
+
+    /// What the interface's MTU should be.
+    pub(super) fn mtu(&self, tunnels: &Tunnels) -> u16 {
+        plan::mtu(self.settings(), tunnels, self.uplink_mtu)
+    }
+
+    /// Brings routes, refusals and programs in line, if the node is this agent's.
+    ///
+    /// # Errors
+    /// [`Removed`].
+    pub(super) async fn keep(
+        &mut self,
+        phase: Phase,
+        tunnels: &Tunnels,
+        addresses: &[IpAddr],
+        inside: Inside,
+    ) -> Result<(), Removed> {
+        if phase != Phase::InCharge {
+            return Ok(());
+        }
+        let (mtu, told) = match inside {
+            Inside::Away => (self.mtu(tunnels), false),
+            Inside::Open { mtu, told } => (mtu, told),
+        };
+        let name = &self.settings().interface;
+        let exists = nix::net::if_::if_nametoindex(name.as_str()).is_ok();
+        let device = exists.then(|| TunnelDevice { name: name.clone(), mtu });
+        // Where packets went in plain until now they go on so until the other nodes know whose they are.
+        let is_new = self.was_known != Some(true) && self.routed.is_none() && !told;
+        if !is_new {
+            self.route(tunnels, device.as_ref()).await;
+        }
+        self.filter(tunnels, addresses, mtu);
+        if exists || inside == Inside::Away { Ok(()) } else { Err(Removed) }
+    }
+
+    /// Finds out how large packets may be on the way to these nodes, with which there is a session.
+    pub(super) fn probe(
+        &mut self,
+        tunnels: &Tunnels,
+        addresses: &[IpAddr],
+        mtu: u16,
+        nodes: &BTreeSet<&str>,
+    ) {
+        let targets = plan::targets(tunnels, addresses, mtu, nodes);
+        self.paths.look(targets, |node| tunnels.others.iter().any(|tunnel| &*tunnel.node == node));
+    }
+
+    /// A connection to the kernel, another one where the last one broke.
+    fn router(&mut self) -> Option<&Router> {
+        if self.router.is_none() {
+            match Router::open(plan::routing(self.settings())) {
+                Ok(router) => self.router = Some(router),
+                Err(error) => self.note(format!("the routes cannot be looked at: {error}")),
+            }
+        }
+        self.router.as_ref()
+    }
+
+    fn failed(&mut self, what: &str, error: &net::Error) {
+        if matches!(error, net::Error::Netlink { .. }) {
+            self.router = None;
+        }
+        self.note(format!("{what}: {error}"));
+    }
+
+    /// Brings the kernel's routes in line.
+    async fn route(&mut self, tunnels: &Tunnels, device: Option<&TunnelDevice>) {
+        let inputs = plan::inputs(tunnels, device, |peer| self.paths.usable_mtu(peer));
+        let due =
+            self.routed.as_ref().is_none_or(|(last, at)| *last != inputs || at.elapsed() >= ROUTES_EVERY);
+        if !due {
+            return;
+        }
+        let Some(router) = self.router() else { return };
+        match router.apply(&inputs).await {
+            Ok(applied) => {
+                if applied.changes > 0 {
+                    tracing::info!(changes = applied.changes, "routes of the tunnel changed");
+                }
+                self.routed = Some((inputs, Instant::now()));
+            }
+            Err(error) => self.failed("not all routes of the tunnel are as they should be", &error),
+        }
+        self.filter.iter_mut().for_each(Filter::distrust);
+    }
+
+    /// Finds out by which devices packets to the other nodes leave this one.
+    async fn look_at_uplinks(&mut self, tunnels: &Tunnels) {
+        let nodes: Vec<IpAddr> = tunnels.others.iter().flat_map(|tunnel| tunnel.addresses.clone()).collect();
+        let known = self.uplinks_of.as_ref();
+        if known.is_some_and(|(of, since)| *of == nodes && since.elapsed() < ROUTES_EVERY) {
+            return;
+        }
+        let Some(router) = self.router() else { return };
+        match router.devices_towards(&nodes).await {
+            Ok(found) => {
+                self.uplink_mtu = found.values().min().map(|mtu| u16::try_from(*mtu).unwrap_or(u16::MAX));
+                // One that leads nowhere for a moment is not left unwatched.
+                self.uplinks.extend(found.into_keys());
+                self.uplinks_of = Some((nodes, Instant::now()));
+            }
+            Err(error) => self.failed("it is not known by which devices packets leave the node", &error),
+        }
+    }
+
+    /// Tells the programs around the tunnel what there is.
+    fn filter(&mut self, tunnels: &Tunnels, addresses: &[IpAddr], mtu: u16) {
+        if let Err(error) = self.try_filter(tunnels, addresses, mtu) {
+            self.note(format!("what must not cross between nodes in clear text is not all dropped: {error}"));
+        }
+    }
+
+    fn try_filter(
+        &mut self,
+        tunnels: &Tunnels,
+        addresses: &[IpAddr],
+        mtu: u16,
+    ) -> Result<(), redirect_bpf::Error> {
+        let settings = &self.agent.config.wireguard;
+        let filter = match &mut self.filter {
+            Some(filter) => filter,
+            None => self.filter.insert(Filter::open(&self.agent.config)?),
+        };
+        let uplinks = self.uplinks.iter().chain(&settings.uplinks).cloned().collect();
+        let around = Around {
+            tunnels,
+            interface: &settings.interface,
+            mtu,
+            usable: &|peer| self.paths.usable_mtu(peer),
+            uplinks: &uplinks,
+            own_addresses: addresses,
+        };
+        let policy = {
+            let state = self.agent.state.lock();
+            filter::policy(settings, &state.mesh, &around)
+        };
+        filter.apply(policy)
+    }
+
+    /// What was found of the paths to other nodes.
+    pub(super) fn paths(&self) -> Vec<PathFinding> {
+        self.paths.findings().cloned().collect()
+    }
+
+    /// How routes and programs are. What is wrong, with them and with what was noted, is logged once and becomes `findings`.
+    pub(super) async fn describe(
+        &mut self,
+        findings: &mut Vec<String>,
+    ) -> (RoutingStatus, Option<TunnelStatus>) {
+        for wrong in self.wrong.iter().filter(|wrong| !self.logged.contains(wrong)) {
+            tracing::error!(wrong, "the tunnel is not as it should be");
+        }
+        self.logged.clone_from(&self.wrong);
+        let routing = match (&self.routed, &self.router) {
+            (Some((inputs, _)), Some(router)) => router.status(inputs).await,
+            _ => Ok(RoutingStatus::default()),
+        };
+        if routing.as_ref().is_ok_and(|routing| routing.differences > 0) {
+            self.routed = None;
+            // What was routed once is not new.
+            self.was_known = Some(true);
+        }
+        let routing = routing.unwrap_or_else(|error| {
+            findings.push(error.to_string());
+            RoutingStatus::default()
+        });
+        findings.extend(routing.findings.iter().cloned());
+        findings.extend(self.wrong.iter().cloned());
+        let holes = self.paths.findings().filter(|found| matches!(found.path, Path::BlackHole { .. }));
+        findings.extend(holes.map(ToString::to_string));
+        let strict = self.filter.as_ref().map(Filter::status).transpose().unwrap_or_else(|error| {
+            findings.push(error.to_string());
+            None
+        });
+        (routing, strict)
+    }
+
+    async fn report_alone(&mut self, phase: Phase) {
+        let mut findings: Vec<String> = self.away.iter().cloned().collect();
+        let (routing, strict) = self.describe(&mut findings).await;
+        let lacks = "no tunnel with a key that other nodes know";
+        if phase == Phase::Preparing {
+            let why = self.away.as_ref().map_or_else(|| lacks.to_owned(), |why| format!("{lacks}: {why}"));
+            *self.agent.tunnel.missing.lock() = Some(why);
+        }
+        let mut report = self.agent.tunnel.report.lock();
+        let before = report.take().unwrap_or_default();
+        *report = Some(TunnelReport {
+            tunnel: None,
+            routing,
+            strict,
+            paths: self.paths(),
+            registration: "no process".to_owned(),
+            findings,
+            ..before
+        });
+    }
+}
