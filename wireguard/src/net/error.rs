@@ -30,6 +30,14 @@ pub enum Error {
         /// What the library says.
         source: Box<rtnetlink::Error>,
     },
+    /// The kernel did not answer in full.
+    #[error("{what}: {why}")]
+    Incomplete {
+        /// What was attempted, on what.
+        what: String,
+        /// What there was of an answer.
+        why: &'static str,
+    },
     /// A path could not be probed.
     #[error("{what}: {source}")]
     Probe {
@@ -44,19 +52,18 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn netlink(what: impl Into<String>, error: rtnetlink::Error) -> Self {
-        let what = what.into();
-        match error {
-            rtnetlink::Error::NetlinkError(message) => {
-                let source = message.to_io();
-                let hint = match source.kind() {
-                    io::ErrorKind::PermissionDenied => "; the agent needs CAP_NET_ADMIN",
-                    _ => "",
-                };
-                Self::Kernel { what, source, hint }
-            }
-            other => Self::Netlink { what, source: Box::new(other) },
-        }
+    pub(crate) fn refused(what: String, source: io::Error) -> Self {
+        let hint = match source.kind() {
+            io::ErrorKind::PermissionDenied => "; the agent needs CAP_NET_ADMIN",
+            _ => "",
+        };
+        Self::Kernel { what, source, hint }
+    }
+
+    /// Whether it says something about the connection to the kernel, so that another one may do better.
+    #[must_use]
+    pub fn is_of_the_connection(&self) -> bool {
+        matches!(self, Self::Netlink { .. } | Self::Incomplete { .. })
     }
 
     /// There is no route.

@@ -11,6 +11,7 @@
 //! Not a goal: to drop what takes another way. Routes decide where packets go when all is well; what must never leave
 //! in clear text is the concern of strict mode, which is in the kernel and does not depend on routes.
 
+mod answers;
 mod diff;
 mod echo;
 mod error;

@@ -1,6 +1,6 @@
 //! Talking with the kernel: reads what is ours, applies one change at a time.
 
-use std::{collections::BTreeSet, io, net::IpAddr};
+use std::{collections::BTreeSet, io, net::IpAddr, time::Duration};
 
 use futures_util::StreamExt;
 use nix::libc;
@@ -8,7 +8,6 @@ use rtnetlink::{
     Handle,
     packet_core::{
         NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
-        NetlinkPayload,
     },
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
@@ -24,12 +23,18 @@ use rtnetlink::{
 use tokio::task::JoinHandle;
 
 use super::{
+    answers::{Answers, Conclusion, Fault},
     diff::{Change, Observed},
     error::Error,
     messages::{self, Devices},
     plan::{Desired, Family, Rule},
     settings::Settings,
 };
+
+/// The kernel answers in milliseconds; what it could not queue for us never comes.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often a list is asked for that changes while it is read.
+const MOST_LISTS: u32 = 10;
 
 /// A device of this namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,7 +70,7 @@ impl Link {
         missing
     }
 
-    fn read(message: &LinkMessage) -> Self {
+    pub(crate) fn read(message: &LinkMessage) -> Self {
         let up = message.header.flags.contains(LinkFlags::Up);
         let mut link = Self { name: String::new(), mtu: 0, up, rp_filter: None, addr_gen_mode: None };
         for attribute in &message.attributes {
@@ -124,7 +129,10 @@ impl Drop for Netlink {
 impl Netlink {
     /// Has to be called within a tokio runtime.
     pub(crate) fn open() -> Result<Self, Error> {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Open)?;
+        let (mut connection, handle, _) = rtnetlink::new_connection().map_err(Error::Open)?;
+        // Without these a connection that breaks looks like a list that ends.
+        connection.set_forward_done(true);
+        connection.set_forward_ack(true);
         Ok(Self { handle, connection: tokio::spawn(connection) })
     }
 
@@ -134,24 +142,50 @@ impl Netlink {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<Vec<RouteNetlinkMessage>, Error> {
-        let mut request = NetlinkMessage::from(message);
-        request.header.flags = NLM_F_REQUEST | flags;
-        let mut answers = Vec::new();
-        let mut handle = self.handle.clone();
-        let mut stream = match handle.request(request) {
-            Ok(stream) => stream,
-            Err(error) => return Err(Error::netlink(what(), error)),
+        let asked = tokio::time::timeout(PATIENCE, self.ask(message, flags)).await;
+        let fault = match asked.unwrap_or(Ok(Err(Fault::Cut))) {
+            Ok(Ok(answers)) => return Ok(answers),
+            Ok(Err(fault)) => fault,
+            Err(source) => return Err(Error::Netlink { what: what(), source: Box::new(source) }),
         };
-        while let Some(answer) = stream.next().await {
-            match answer.payload {
-                NetlinkPayload::InnerMessage(message) => answers.push(message),
-                NetlinkPayload::Error(error) if error.code.is_some() => {
-                    return Err(Error::netlink(what(), rtnetlink::Error::NetlinkError(error)));
-                }
-                _ => {}
+        Err(match fault {
+            Fault::Kernel(source) => Error::refused(what(), source),
+            Fault::Interrupted => Error::Incomplete {
+                what: what(),
+                why: "what is listed kept changing while it was read; it is read again at the next round",
+            },
+            Fault::Cut => Error::Incomplete { what: what(), why: "the kernel did not answer to the end" },
+        })
+    }
+
+    /// Asks, and asks again for a list that changed while it was read.
+    async fn ask(
+        &self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<Result<Vec<RouteNetlinkMessage>, Fault>, rtnetlink::Error> {
+        let expected = match flags {
+            flags if flags & NLM_F_DUMP == NLM_F_DUMP => Conclusion::List,
+            flags if flags & NLM_F_ACK != 0 => Conclusion::Acknowledgement,
+            _ => Conclusion::Answer,
+        };
+        let mut asked = 0;
+        loop {
+            asked += 1;
+            let mut request = NetlinkMessage::from(message.clone());
+            request.header.flags = NLM_F_REQUEST | flags;
+            let mut stream = self.handle.clone().request(request)?;
+            let mut answers = Answers::new(expected);
+            let mut fault = None;
+            // To the end, also of what is of no use any more: the next list must not begin within this one.
+            while let Some(answer) = stream.next().await {
+                fault = fault.or(answers.take(answer).err());
+            }
+            match fault.map_or_else(|| answers.finish(), Err) {
+                Err(Fault::Interrupted) if asked < MOST_LISTS => {}
+                answers => return Ok(answers),
             }
         }
-        Ok(answers)
     }
 
     async fn dump(

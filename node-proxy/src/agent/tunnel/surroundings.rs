@@ -241,7 +241,7 @@ impl Surroundings {
     }
 
     fn failed(&mut self, what: &str, error: &net::Error) {
-        if matches!(error, net::Error::Netlink { .. }) {
+        if error.is_of_the_connection() {
             self.router = None;
         }
         self.note(format!("{what}: {error}"));
