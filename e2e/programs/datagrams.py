@@ -1,6 +1,7 @@
 """Datagrams whose every loss a scenario can know.
 
     datagrams.py serve PORT                          echoes UDP on both address families
+    datagrams.py hold FIRST NUMBER                   takes so many UDP ports and does nothing with them
     datagrams.py udp HOST PORT SIZE TEXT [FROM]      sends some, each with TEXT in it, and writes how many were answered
     datagrams.py icmp HOST SIZE TEXT                 the same with echo requests
     datagrams.py keep HOST PORT TEXT                 sends one every 5 ms until SIGTERM, and then writes what was answered
@@ -24,7 +25,7 @@ def say(**what):
     print(json.dumps(what), flush=True)
 
 
-def serve(port):
+def take(port):
     sockets = []
     for family, address in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
         sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -32,6 +33,17 @@ def serve(port):
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((address, port))
         sockets.append(sock)
+    return sockets
+
+
+def hold(first, number):
+    held = [take(port) for port in range(first, first + number)]
+    say(holds=len(held))
+    signal.pause()
+
+
+def serve(port):
+    sockets = take(port)
     say(listens=port)
     while True:
         for sock in select.select(sockets, [], [])[0]:
@@ -140,6 +152,8 @@ def main():
     what, *rest = sys.argv[1:]
     if what == "serve":
         serve(int(rest[0]))
+    elif what == "hold":
+        hold(int(rest[0]), int(rest[1]))
     elif what == "udp":
         udp(rest[0], int(rest[1]), int(rest[2]), *rest[3:])
     elif what == "icmp":

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
-use testbed::{Launch, Pod, Process, wait};
+use testbed::{Launch, Node, Pod, Process, wait};
 
 use crate::talk::PYTHON;
 
@@ -56,6 +56,18 @@ pub fn serve(pod: &Pod, port: u16) -> Result<Process> {
     let mut server = python(pod, &["serve", &port.to_string()]).spawn()?;
     server.wait_for_log("listens", LIMIT)?;
     Ok(server)
+}
+
+/// Takes UDP ports of a node, so that nobody else can.
+///
+/// # Errors
+/// When Python is missing or somebody has one already.
+pub fn hold(node: &Node, first: u16, number: u16) -> Result<Process> {
+    let words = ["hold", &first.to_string(), &number.to_string()];
+    let program = node.launch(PYTHON).args(["-I", "-c", PROGRAM]).args(words).label(words[0]);
+    let mut holder = program.spawn()?;
+    holder.wait_for_log("holds", LIMIT)?;
+    Ok(holder)
 }
 
 /// Sends some datagrams of this many bytes with `text` in them to an echo server.

@@ -491,11 +491,19 @@ impl Node {
     /// # Errors
     /// When there is none.
     pub fn kill_tunnel(&self) -> Result<()> {
-        let pids = self.pids_of("tunnel")?;
+        let pids = self.tunnel_pids()?;
         if pids.is_empty() {
             bail!("no tunnel runs on {}", self.name());
         }
         pids.into_iter().try_for_each(kill_if_there)
+    }
+
+    /// Pids of the processes of its tunnel.
+    ///
+    /// # Errors
+    /// When the cgroup cannot be read.
+    pub fn tunnel_pids(&self) -> Result<Vec<i32>> {
+        self.pids_of("tunnel")
     }
 
     fn pids_of(&self, subcommand: &str) -> Result<Vec<i32>> {

@@ -12,6 +12,7 @@ mod services;
 mod takeover;
 mod tcp;
 mod tunnel;
+mod tunnel_failures;
 mod volume;
 
 use std::process::ExitCode;
@@ -91,6 +92,10 @@ fn main() -> ExitCode {
         tunnel::what_a_route_leads_past_the_tunnel_is_dropped_by_name_for_pods_that_ask_for_it,
         tunnel::a_path_that_swallows_large_packets_is_named_and_what_crosses_is_made_to_fit,
         tunnel::a_node_that_is_to_have_no_tunnel_any_more_and_one_that_is_uninstalled_keep_no_trace_of_it,
+        tunnel_failures::after_the_start_of_a_computer_nothing_goes_out_in_plain_while_the_tunnel_cannot_begin,
+        tunnel_failures::a_process_that_hangs_or_refuses_everything_is_replaced,
+        tunnel_failures::what_an_agent_cannot_find_out_is_told_and_the_tunnel_goes_on,
+        tunnel_failures::agents_that_follow_each_other_at_once_have_a_tunnel_each,
         volume::five_thousand_http_connections_at_the_same_time_are_served,
         volume::five_thousand_tcp_connections_at_the_same_time_are_each_their_own,
         volume::a_pod_takes_no_more_connections_than_it_may_from_either_node,

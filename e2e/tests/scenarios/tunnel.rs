@@ -9,20 +9,20 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use testbed::{Capture, Captured, Node, Pod, PodSpec, Process, wait};
 
-const LIMIT: Duration = Duration::from_secs(60);
-const CANARY: &str = "canary-of-the-tunnel";
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const CANARY: &str = "canary-of-the-tunnel";
 /// Port of the mesh's mutual TLS.
 const MESH_PORT: u16 = 15_008;
 /// Port of the applications.
-const PORT: u16 = 9000;
+pub(crate) const PORT: u16 = 9000;
 
 /// The usual stage on which all nodes have a tunnel, and a pod outside the mesh on the far node too.
-fn stage_with_tunnel() -> Result<(Stage, Pod)> {
+pub(crate) fn stage_with_tunnel() -> Result<(Stage, Pod)> {
     stage_with(json!({}))
 }
 
 /// The same with more of the tunnel's settings.
-fn stage_with(settings: Value) -> Result<(Stage, Pod)> {
+pub(crate) fn stage_with(settings: Value) -> Result<(Stage, Pod)> {
     let stage = Stage::unmeshed(&[])?;
     let beyond = stage.mesh.pod(PodSpec::new("legacy", "beyond").node(2))?;
     let mut all = json!({"enabled": true});
@@ -55,12 +55,12 @@ fn hand_over(stage: &Stage, node: &Node) -> Result<Process> {
     Ok(old)
 }
 
-fn report(node: &Node) -> Result<Value> {
+pub(crate) fn report(node: &Node) -> Result<Value> {
     let page = node.admin("/debug/tunnel")?.ok()?;
     serde_json::from_str(&page).with_context(|| format!("not JSON: {page}"))
 }
 
-fn tunnel_until(node: &Node, what: &str, is: impl Fn(&Value) -> bool) -> Result<Value> {
+pub(crate) fn tunnel_until(node: &Node, what: &str, is: impl Fn(&Value) -> bool) -> Result<Value> {
     let mut last = Value::Null;
     let reached = wait::until(&format!("the tunnel of {}: {what}", node.name()), LIMIT, || {
         last = report(node)?;
@@ -77,7 +77,7 @@ fn is_pod(address: IpAddr) -> bool {
 }
 
 /// Nothing of pods is on the wire but mutual TLS.
-fn nothing_plain(captured: &Captured) -> Result<()> {
+pub(crate) fn nothing_plain(captured: &Captured) -> Result<()> {
     let plain = captured.canary_bytes(CANARY);
     ensure!(plain == 0, "{plain} bytes of plain text");
     let (packets, bytes) = (captured.packets_among(is_pod), captured.bytes_off_port(MESH_PORT));

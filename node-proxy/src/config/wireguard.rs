@@ -21,7 +21,7 @@ settings! {
     pub struct WireguardSettings {
         /// Whether the node has a tunnel. If not, what is left of one is removed at the start.
         enabled: bool = false, "true | false";
-        /// UDP port; the one after it is used too, while one process takes over from another.
+        /// First of four UDP ports: processes that take over from one another have one each.
         port: u16 = 51_871, "port", 1 => u16::MAX - 3;
         /// Name of the interface.
         interface: String = "sockmesh_wg".to_owned(), "name, at most 14 characters";
@@ -37,6 +37,8 @@ settings! {
         keepalive: Duration = Duration::ZERO, "duration, 0 = none", Duration::ZERO => Duration::from_secs(3600);
         /// What is dropped that would cross between nodes in clear text: nothing (off), packets of pods with the label sockmesh.io/wireguard=strict on them or their namespace (labelled), or those of all pods (all).
         strict: StrictMode = StrictMode::Off, "off | labelled | all";
+        /// With strict, whether packets that the node forwards from its own address to pods of other nodes are dropped outside the tunnel, too: pods' behind a network that masquerades them, but also those of clients of a NodePort. Otherwise they are counted.
+        drop_masqueraded: bool = false, "true | false";
         /// Devices by which packets leave the node, where that is more than the routes to the other nodes tell.
         uplinks: Vec<String> = Vec::new(), "comma-separated names";
         /// Whether the mesh's mutual TLS goes through the tunnel too, and is encrypted twice.

@@ -82,7 +82,10 @@ impl State {
                     return Err(format!("there are {MAX_KEYS} keys already; take some away first"));
                 }
                 let private = PrivateKey::generate().map_err(|e| e.to_string())?;
-                self.keys.insert(new.generation, Key { private, port: new.port, announced: false, made: Instant::now() });
+                self.keys.insert(
+                    new.generation,
+                    Key { private, port: new.port, announced: false, made: Instant::now() },
+                );
                 Ok(FromTunnel { keys: self.public_keys(), ..FromTunnel::default() })
             }
             Some(Message::Announced(announced)) => Ok(self.announce(&announced.generations)),
@@ -174,4 +177,131 @@ impl State {
 
 fn texts(conflicts: &[Conflict]) -> Vec<String> {
     conflicts.iter().map(ToString::to_string).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::Shutdown;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use prost::Message as _;
+
+    use super::*;
+    use crate::ipc::blocking::recv_frame;
+    use crate::ipc::proto::{
+        TunnelAnnounced, TunnelHello, TunnelNewKey, TunnelPeer, TunnelPeerKey, TunnelQuery, TunnelRange,
+    };
+
+    fn peer() -> impl Strategy<Value = TunnelPeer> {
+        let bytes = || prop_oneof![vec(any::<u8>(), 4), vec(any::<u8>(), 16), vec(any::<u8>(), 0..40)];
+        let key = (any::<u64>(), bytes(), vec(bytes(), 0..3), any::<u32>(), any::<u32>());
+        let key = key.prop_map(|(generation, public_key, addresses, even_port, odd_port)| TunnelPeerKey {
+            generation,
+            public_key,
+            addresses,
+            even_port,
+            odd_port,
+        });
+        let range = (bytes(), 0..200_u32).prop_map(|(address, prefix)| TunnelRange { address, prefix });
+        (".{0,8}", vec(key, 0..3), vec(range, 0..3)).prop_map(|(node, keys, allowed)| TunnelPeer {
+            node,
+            keys,
+            allowed,
+        })
+    }
+
+    fn message() -> impl Strategy<Value = Option<Message>> {
+        let generations = || vec(0..12_u64, 0..5);
+        let apply = (generations(), vec(peer(), 0..3), any::<u32>());
+        let apply = apply.prop_map(|(generations, peers, mtu)| TunnelApply { generations, peers, mtu });
+        let open = (any::<u32>(), any::<u32>(), any::<u32>(), proptest::option::of(apply.clone()));
+        let open = open.prop_map(|(queues, port, keepalive_seconds, apply)| TunnelOpen {
+            queues,
+            port,
+            keepalive_seconds,
+            apply,
+            ..TunnelOpen::default()
+        });
+        prop_oneof![
+            Just(None),
+            Just(Some(Message::Hello(TunnelHello {}))),
+            Just(Some(Message::Query(TunnelQuery {}))),
+            (0..12_u64, any::<u32>())
+                .prop_map(|(generation, port)| Some(Message::NewKey(TunnelNewKey { generation, port }))),
+            generations().prop_map(|generations| Some(Message::Announced(TunnelAnnounced { generations }))),
+            apply.prop_map(|apply| Some(Message::Apply(apply))),
+            open.prop_map(|open| Some(Message::Open(open))),
+        ]
+    }
+
+    fn hello(control: &Control) -> FromTunnel {
+        let hello = ToTunnel { id: 7, message: Some(Message::Hello(TunnelHello {})) };
+        control.0.lock().answer(hello, Vec::new()).expect("a hello is always answered")
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_an_agent_says_is_answered_or_refused_and_no_key_is_made_or_lost_by_it(
+            messages in vec(message(), 0..30),
+        ) {
+            let control = Control::default();
+            for message in messages {
+                let before = hello(&control).keys;
+                let answer = control.0.lock().answer(ToTunnel { id: 1, message: message.clone() }, Vec::new());
+                let after = hello(&control).keys;
+                prop_assert!(after.len() <= MAX_KEYS);
+                match (&message, &answer) {
+                    (Some(Message::NewKey(new)), Ok(answer)) => {
+                        prop_assert_eq!(after.len(), before.len() + 1);
+                        prop_assert!(answer.keys.iter().any(|key| key.generation == new.generation));
+                    }
+                    (Some(Message::Announced(now)), Ok(_)) => {
+                        let told = |key: &TunnelOwnKey| key.announced == now.generations.contains(&key.generation);
+                        prop_assert!(after.iter().all(told));
+                    }
+                    // Nothing was ever opened.
+                    (Some(Message::Apply(_) | Message::Query(_) | Message::Open(_)) | None, answer) => {
+                        prop_assert!(answer.is_err());
+                        prop_assert_eq!(after, before);
+                    }
+                    _ => prop_assert_eq!(after, before),
+                }
+            }
+        }
+
+        #[test]
+        fn whatever_comes_over_the_socket_ends_at_most_its_own_connection(
+            noise in vec(any::<u8>(), 0..200),
+            head in proptest::option::of((any::<u32>(), 0..3_u32)),
+            message in message(),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let mut frame = ToTunnel { id: 3, message }.encode_to_vec();
+            frame.truncate(cut.index(frame.len() + 1));
+            let mut framed = (frame.len() as u32).to_be_bytes().to_vec();
+            framed.extend([0; 4]);
+            framed.extend(frame);
+            let mut hostile: Vec<u8> = Vec::new();
+            if let Some((length, descriptors)) = head {
+                hostile.extend(length.to_be_bytes());
+                hostile.extend(descriptors.to_be_bytes());
+            }
+            hostile.extend(noise);
+            let control = Control::default();
+            for bytes in [framed, hostile] {
+                let (mut agent, process) = UnixStream::pair().unwrap();
+                agent.write_all(&bytes).unwrap();
+                agent.shutdown(Shutdown::Write).unwrap();
+                // An error is the end of this connection.
+                let _ = control.serve(&process);
+                drop(process);
+                while let Ok(Some((answer, _))) = recv_frame::<FromTunnel>(&agent) {
+                    prop_assert!(answer.opened.is_none());
+                }
+                prop_assert_eq!(hello(&control).pid, std::process::id());
+            }
+        }
+    }
 }

@@ -14,7 +14,8 @@
 //! Our table has no default: what it does not know goes on to the next rule.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet},
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     ops::RangeInclusive,
 };
@@ -192,8 +193,30 @@ pub struct Refused {
 pub(crate) struct Plan {
     pub(crate) desired: Desired,
     pub(crate) refused: Vec<Refused>,
-    /// Ranges that a peer has.
-    taken: HashSet<IpNet>,
+    /// Ranges within those of somebody else, who does not get what is sent there.
+    pub(crate) within: Vec<Within>,
+    /// Ranges that a peer has, with its name.
+    taken: BTreeMap<IpNet, String>,
+}
+
+/// A range that lies in another node's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Within {
+    range: IpNet,
+    of: String,
+    around: IpNet,
+    around_of: String,
+}
+
+impl fmt::Display for Within {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { range, of, around, around_of } = self;
+        write!(
+            f,
+            "range {range} of {of} lies in {around} of {around_of}: packets for it go to {of}, and {around_of} gets none of \
+             them; give the nodes ranges that do not overlap"
+        )
+    }
 }
 
 /// Number of the last of our rules, where "skip" goes on.
@@ -211,6 +234,7 @@ pub(crate) fn plan(settings: &Settings, inputs: &Inputs, own_addresses: &[IpAddr
     for destination in local_ranges.iter().copied().chain(own_nodes) {
         plan.desired.routes.insert(Route { destination, metric: TUNNEL_METRIC, target: Target::Throw });
     }
+    plan.within = within(&plan.taken, &local_ranges);
     for family in [Family::V4, Family::V6] {
         let sources: Vec<IpNet> =
             local_ranges.iter().filter(|range| Family::of_net(range) == family).copied().collect();
@@ -261,7 +285,7 @@ fn add_peer(plan: &mut Plan, settings: &Settings, inputs: &Inputs, local_ranges:
             let target = Target::Device { name: device.name.clone(), mtu, locked, advmss, source };
             plan.desired.routes.insert(Route { destination: range, metric: TUNNEL_METRIC, target });
         }
-        plan.taken.insert(range);
+        plan.taken.insert(range, peer.name.clone());
         if settings.without_device == WithoutDevice::Refuse {
             let target = Target::Unreachable;
             plan.desired.routes.insert(Route { destination: range, metric: FALLBACK_METRIC, target });
@@ -282,12 +306,35 @@ fn refusal(plan: &Plan, inputs: &Inputs, local_ranges: &[IpNet], range: &IpNet) 
     if reserved().iter().any(|reserved| reserved.contains(range) || range.prefix_len() == 0) {
         return Some("no pod can have such an address".to_owned());
     }
-    if plan.taken.contains(range) {
-        return Some(
-            "another node has it already; two nodes have the same range, give one another".to_owned(),
-        );
+    if let Some(holder) = plan.taken.get(range) {
+        return Some(format!(
+            "node {holder} has it already; two nodes have the same range, give one another"
+        ));
     }
     None
+}
+
+/// Ranges of several addresses that lie in others. A single one in a range is that of a pod which took its address along, and
+/// is meant so.
+fn within(taken: &BTreeMap<IpNet, String>, local_ranges: &[IpNet]) -> Vec<Within> {
+    let own = local_ranges.iter().map(|range| (*range, "this node".to_owned()));
+    let mut ranges: Vec<(IpNet, String)> =
+        taken.iter().map(|(range, name)| (*range, format!("node {name}"))).chain(own).collect();
+    // Whatever lies in a range comes after it.
+    ranges.sort();
+    let mut within = Vec::new();
+    let mut around: Vec<(IpNet, String)> = Vec::new();
+    for (range, of) in ranges.into_iter().filter(|(range, _)| range.prefix_len() < range.max_prefix_len()) {
+        while around.last().is_some_and(|(last, _)| !last.contains(&range)) {
+            around.pop();
+        }
+        if let Some((wider, around_of)) = around.last().filter(|(_, name)| *name != of) {
+            let (around, around_of) = (*wider, around_of.clone());
+            within.push(Within { range, of: of.clone(), around, around_of });
+        }
+        around.push((range, of));
+    }
+    within
 }
 
 /// Loopback, link-local and multicast (RFC 6890, RFC 5771, RFC 4291).
@@ -373,9 +420,36 @@ mod tests {
     }
 
     #[test]
+    fn whose_range_is_cut_by_anothers_is_told_by_name() {
+        let peers = vec![
+            peer("b", Some("wg"), &["10.2.0.0/16", "10.0.0.0/12"]),
+            peer("c", Some("wg"), &["10.2.5.0/24", "10.9.0.0/24", "10.2.6.7/32"]),
+            peer("d", Some("wg"), &["10.9.0.0/24", "10.2.5.128/25", "fd00::/64"]),
+        ];
+        let plan = plan(&Settings::default(), &inputs(&["wg"], peers), &[]);
+        let told: Vec<String> = plan.within.iter().map(ToString::to_string).collect();
+        let begins = |text: &String, with: &str| assert!(text.starts_with(with), "{text}");
+        assert_eq!(told.len(), 4, "{told:?}");
+        begins(
+            &told[0],
+            "range 10.1.0.0/24 of this node lies in 10.0.0.0/12 of node b: packets for it go to this node",
+        );
+        begins(
+            &told[1],
+            "range 10.2.5.0/24 of node c lies in 10.2.0.0/16 of node b: packets for it go to node c",
+        );
+        begins(&told[2], "range 10.2.5.128/25 of node d lies in 10.2.5.0/24 of node c");
+        begins(&told[3], "range 10.9.0.0/24 of node c lies in 10.0.0.0/12 of node b");
+        let refused: Vec<_> = plan.refused.iter().map(|r| (r.peer.as_str(), r.range.to_string())).collect();
+        assert_eq!(refused, [("d", "10.9.0.0/24".to_owned())]);
+        assert!(plan.refused[0].reason.starts_with("node c has it already"), "{}", plan.refused[0].reason);
+    }
+
+    #[test]
     fn without_a_device_packets_are_refused_and_not_left_to_others() {
         for (devices, device) in [(&[][..], None), (&[][..], Some("wg")), (&["wg"][..], None)] {
-            let plan = plan(&Settings::default(), &inputs(devices, vec![peer("b", device, &["10.2.0.0/24"])]), &[]);
+            let plan =
+                plan(&Settings::default(), &inputs(devices, vec![peer("b", device, &["10.2.0.0/24"])]), &[]);
             let to_peer: Vec<&Route> =
                 plan.desired.routes.iter().filter(|route| route.target != Target::Throw).collect();
             let destination = "10.2.0.0/24".parse().unwrap();

@@ -127,7 +127,7 @@ impl Router {
     /// When the kernel cannot be asked.
     pub async fn status(&self, inputs: &Inputs) -> Result<RoutingStatus, Error> {
         let snapshot = self.read(inputs).await?;
-        let Plan { desired, refused, .. } = plan::plan(&self.settings, inputs, &snapshot.addresses);
+        let Plan { desired, refused, within, .. } = plan::plan(&self.settings, inputs, &snapshot.addresses);
         let held = &snapshot.observed.held;
         let mut findings: Vec<String> = refused
             .into_iter()
@@ -135,6 +135,7 @@ impl Router {
                 format!("range {range} of node {peer} is not routed: {reason}")
             })
             .collect();
+        findings.extend(within.iter().map(ToString::to_string));
         let differences = diff::changes(&snapshot.observed, &desired).len();
         if differences > 0 {
             findings.push(format!(

@@ -113,6 +113,7 @@ pub(super) fn policy(settings: &WireguardSettings, mesh: &Mesh, around: &Around<
         },
         complete: mesh.is_complete(),
         include_mesh: settings.include_mesh,
+        drop_masqueraded: settings.drop_masqueraded,
         local_ranges,
         remote_ranges,
         node_addresses: node_addresses.into_iter().collect(),
@@ -189,8 +190,13 @@ mod tests {
             uplinks: &BTreeSet::from(["eth0".to_owned()]),
             own_addresses: &["10.1.0.1".parse().unwrap(), "192.0.2.1".parse().unwrap()],
         };
-        let settings = WireguardSettings { strict: StrictMode::Labelled, ..WireguardSettings::default() };
+        let settings = WireguardSettings {
+            strict: StrictMode::Labelled,
+            drop_masqueraded: true,
+            ..WireguardSettings::default()
+        };
         let told = policy(&settings, &mesh, &around);
+        assert!(told.drop_masqueraded && !policy(&WireguardSettings::default(), &mesh, &around).drop_masqueraded);
         assert!(!told.complete, "not everything was heard yet");
         let ranges: Vec<_> = told.remote_ranges.iter().map(|r| (r.range.to_string(), r.mtu)).collect();
         assert_eq!(ranges, [("10.2.0.0/24".to_owned(), Some(1216)), ("10.3.0.5/32".to_owned(), None)]);

@@ -296,7 +296,11 @@ mod tests {
         assert_eq!(young.step(&nothing, true, true, 67 * SECOND), Step::Make(4));
         young.made(4, [4; 32], 67 * SECOND);
         young.dropped(3);
-        assert_eq!(young.step(&nothing, true, true, 68 * SECOND), Step::Wait(DAY - SECOND), "the next is new");
+        assert_eq!(
+            young.step(&nothing, true, true, 68 * SECOND),
+            Step::Wait(DAY - SECOND),
+            "the next is new"
+        );
         for age in [DAY, 2 * DAY] {
             assert_eq!(found(age).step(&nothing, true, true, 7 * SECOND), Step::Make(4));
         }

@@ -12,8 +12,8 @@
 //! * [`paths`] finds out how large packets may be on the way to each node;
 //! * [`filter`] tells the programs around the tunnel what must not cross between nodes in clear text.
 //!
-//! An agent that gets ready to take the node over has a process of its own with a key that other nodes know already, at the
-//! other one of two ports. Once it has the node, its process takes packets from the same interface as that of the agent
+//! An agent that gets ready to take the node over has a process of its own with a key that other nodes know already, at
+//! another one of four ports. Once it has the node, its process takes packets from the same interface as that of the agent
 //! before, until nobody sends to that one any more.
 //!
 //! Without the tunnel's process packets for other nodes' pods are refused rather than sent in plain: the routes into the

@@ -290,7 +290,8 @@ impl<'a> Session<'a> {
             false => Inside::Away,
         };
         if phase == Phase::InCharge && self.opened {
-            let peers = self.document.peers.iter().filter(|(_, peer)| peer.sessions.iter().any(|s| s.sending));
+            let peers =
+                self.document.peers.iter().filter(|(_, peer)| peer.sessions.iter().any(|s| s.sending));
             let peers: BTreeSet<&str> = peers.map(|(name, _)| name.as_str()).collect();
             self.around.probe(&tunnels, &addresses, self.mtu(), &peers);
         }
@@ -483,10 +484,7 @@ impl<'a> Session<'a> {
 ///
 /// # Errors
 /// When none is free.
-pub(super) fn claim(
-    settings: &WireguardSettings,
-    found: &Found,
-) -> anyhow::Result<(u16, Vec<UdpSocket>)> {
+pub(super) fn claim(settings: &WireguardSettings, found: &Found) -> anyhow::Result<(u16, Vec<UdpSocket>)> {
     if let Some(opened) = &found.opened {
         return Ok((u16::try_from(opened.port).context("the tunnel's port is none")?, Vec::new()));
     }
