@@ -40,7 +40,7 @@ pub(crate) fn stage_with(settings: Value) -> Result<(Stage, Pod)> {
 }
 
 /// The mesh's own traffic goes on beside the tunnel.
-fn through_the_mesh(stage: &Stage) -> Result<()> {
+pub(crate) fn through_the_mesh(stage: &Stage) -> Result<()> {
     let _far = talk::serve(&stage.far, "echo", PORT + 2)?;
     let looked = talk::call(&stage.client, "look", addresses(&stage.far)[0], PORT + 2)?;
     ensure!(looked["answer"] == "ping", "{looked}");

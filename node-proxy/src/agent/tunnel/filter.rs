@@ -196,7 +196,9 @@ mod tests {
             ..WireguardSettings::default()
         };
         let told = policy(&settings, &mesh, &around);
-        assert!(told.drop_masqueraded && !policy(&WireguardSettings::default(), &mesh, &around).drop_masqueraded);
+        assert!(
+            told.drop_masqueraded && !policy(&WireguardSettings::default(), &mesh, &around).drop_masqueraded
+        );
         assert!(!told.complete, "not everything was heard yet");
         let ranges: Vec<_> = told.remote_ranges.iter().map(|r| (r.range.to_string(), r.mtu)).collect();
         assert_eq!(ranges, [("10.2.0.0/24".to_owned(), Some(1216)), ("10.3.0.5/32".to_owned(), None)]);

@@ -28,6 +28,10 @@ pub(super) enum Attempt {
     Ask,
     /// Ending a process that nobody needs.
     End,
+    /// Bringing the kernel's routes in line.
+    Route,
+    /// Loading the programs around the tunnel.
+    Load,
 }
 
 #[derive(Debug)]

@@ -82,6 +82,8 @@ pub(super) struct Session<'a> {
     registered: Vec<TunnelKey>,
     registered_since: Option<Instant>,
     applied: Option<TunnelApply>,
+    /// What its interface's MTU was when it was found.
+    found_mtu: Option<u32>,
     conflicts: Vec<String>,
     /// What the process said of itself, and when.
     document: TunnelDocument,
@@ -106,6 +108,7 @@ impl<'a> Session<'a> {
         let age = newest.map_or(Duration::ZERO, |held| held.age);
         let own = keys.iter().map(|held| (held.key.generation, held.key.public_key)).collect();
         let keys = Keys::new(own, age, settings.rotate_after, settings.overlap, Duration::ZERO);
+        let mtu = opened.as_ref().map(|opened| opened.mtu);
         let opened = opened.is_some();
         tracing::info!(pid, port, opened, "the tunnel's process is connected");
         around.with();
@@ -127,6 +130,7 @@ impl<'a> Session<'a> {
             registered: Vec::new(),
             registered_since: None,
             applied: None,
+            found_mtu: mtu,
             conflicts: Vec::new(),
             document: TunnelDocument::default(),
             looked: None,
@@ -430,7 +434,8 @@ impl<'a> Session<'a> {
 
     /// MTU of the tunnel's interface, which may not be there yet.
     fn mtu(&self) -> u16 {
-        let mtu = self.applied.as_ref().map_or(self.settings.mtu.into(), |applied| applied.mtu);
+        let applied = self.applied.as_ref().map(|applied| applied.mtu).or(self.found_mtu);
+        let mtu = applied.unwrap_or(self.settings.mtu.into());
         u16::try_from(mtu.max(plan::SMALLEST_MTU)).unwrap_or(u16::MAX)
     }
 

@@ -17,6 +17,7 @@ use wireguard::net::{self, Inputs, Router, RoutingStatus, TunnelDevice};
 
 use super::filter::{self, Around, Filter};
 use super::paths::Paths;
+use super::refusals::{Attempt, Refusals};
 use super::{TunnelReport, plan};
 use crate::agent::Agent;
 use crate::agent::mesh::Tunnels;
@@ -25,6 +26,8 @@ use crate::config::WireguardSettings;
 
 /// How often all is looked at while there is no process.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Changes within this time are dealt with together.
+const GATHER: Duration = Duration::from_secs(1);
 /// How often routes are compared with the kernel's when nothing changes.
 const ROUTES_EVERY: Duration = Duration::from_secs(30);
 
@@ -52,6 +55,11 @@ pub(super) struct Surroundings {
     agent: Arc<Agent>,
     router: Option<Router>,
     routed: Option<(Inputs, Instant)>,
+    /// What the last attempt at that was for.
+    tried: Option<Inputs>,
+    refusals: Refusals,
+    /// Beginning of its steady time.
+    since: Instant,
     /// None before the node is this agent's, and where the kernel has no such programs.
     filter: Option<Filter>,
     /// Devices by which packets leave the node, or did, the smallest of their MTUs, for which nodes, and since when.
@@ -78,6 +86,9 @@ impl Surroundings {
             agent: Arc::clone(agent),
             router: None,
             routed: None,
+            tried: None,
+            refusals: Refusals::default(),
+            since: Instant::now(),
             filter: None,
             uplinks: BTreeSet::new(),
             uplink_mtu: None,
@@ -161,7 +172,7 @@ impl Surroundings {
             self.report_alone(phase).await;
             // The agent's own end is that of this task.
             tokio::select! {
-                _ = changes.changed() => {}
+                _ = changes.changed() => tokio::time::sleep(GATHER).await,
                 _ = phases.changed() => {}
                 () = tokio::time::sleep(LOOK_EVERY) => {}
             }
@@ -240,11 +251,12 @@ impl Surroundings {
         self.router.as_ref()
     }
 
-    fn failed(&mut self, what: &str, error: &net::Error) {
+    /// Something that was asked of the kernel failed; what to tell of it.
+    fn failed(&mut self, what: &str, error: &net::Error) -> String {
         if error.is_of_the_connection() {
             self.router = None;
         }
-        self.note(format!("{what}: {error}"));
+        format!("{what}: {error}")
     }
 
     /// Brings the kernel's routes in line.
@@ -252,18 +264,24 @@ impl Surroundings {
         let inputs = plan::inputs(tunnels, device, |peer| self.paths.usable_mtu(peer));
         let due =
             self.routed.as_ref().is_none_or(|(last, at)| *last != inputs || at.elapsed() >= ROUTES_EVERY);
-        if !due {
+        let is_other = self.tried.as_ref() != Some(&inputs);
+        if !due || !(is_other || self.refusals.is_due(Attempt::Route, self.since.elapsed())) {
             return;
         }
+        self.tried = Some(inputs.clone());
         let Some(router) = self.router() else { return };
         match router.apply(&inputs).await {
             Ok(applied) => {
+                self.refusals.done(Attempt::Route);
                 if applied.changes > 0 {
                     tracing::info!(changes = applied.changes, "routes of the tunnel changed");
                 }
                 self.routed = Some((inputs, Instant::now()));
             }
-            Err(error) => self.failed("not all routes of the tunnel are as they should be", &error),
+            Err(error) => {
+                let why = self.failed("not all routes of the tunnel are as they should be", &error);
+                self.refusals.failed(Attempt::Route, why, self.since.elapsed());
+            }
         }
         self.filter.iter_mut().for_each(Filter::distrust);
     }
@@ -283,14 +301,31 @@ impl Surroundings {
                 self.uplinks.extend(found.into_keys());
                 self.uplinks_of = Some((nodes, Instant::now()));
             }
-            Err(error) => self.failed("it is not known by which devices packets leave the node", &error),
+            Err(error) => {
+                let why = self.failed("it is not known by which devices packets leave the node", &error);
+                self.note(why);
+            }
         }
     }
 
     /// Tells the programs around the tunnel what there is.
     fn filter(&mut self, tunnels: &Tunnels, addresses: &[IpAddr], mtu: u16) {
+        let what = "what must not cross between nodes in clear text is not all dropped";
+        if self.filter.is_none() {
+            let now = self.since.elapsed();
+            if !self.refusals.is_due(Attempt::Load, now) {
+                return;
+            }
+            match Filter::open(&self.agent.config) {
+                Ok(opened) => {
+                    self.refusals.done(Attempt::Load);
+                    self.filter = Some(opened);
+                }
+                Err(error) => self.refusals.failed(Attempt::Load, format!("{what}: {error}"), now),
+            }
+        }
         if let Err(error) = self.try_filter(tunnels, addresses, mtu) {
-            self.note(format!("what must not cross between nodes in clear text is not all dropped: {error}"));
+            self.note(format!("{what}: {error}"));
         }
     }
 
@@ -301,10 +336,7 @@ impl Surroundings {
         mtu: u16,
     ) -> Result<(), redirect_bpf::Error> {
         let settings = &self.agent.config.wireguard;
-        let filter = match &mut self.filter {
-            Some(filter) => filter,
-            None => self.filter.insert(Filter::open(&self.agent.config)?),
-        };
+        let Some(filter) = &mut self.filter else { return Ok(()) };
         let uplinks = self.uplinks.iter().chain(&settings.uplinks).cloned().collect();
         let around = Around {
             tunnels,
@@ -331,6 +363,7 @@ impl Surroundings {
         &mut self,
         findings: &mut Vec<String>,
     ) -> (RoutingStatus, Option<TunnelStatus>) {
+        self.wrong.extend(self.refusals.findings().map(str::to_owned));
         for wrong in self.wrong.iter().filter(|wrong| !self.logged.contains(wrong)) {
             tracing::error!(wrong, "the tunnel is not as it should be");
         }
