@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use testbed::{Capture, Node, wait};
 
 use crate::tunnel::{
-    CANARY, LIMIT, PORT, nothing_plain, report, stage_with, stage_with_tunnel, through_the_mesh, tunnel_until,
+    CANARY, LIMIT, PORT, nothing_plain, stage_with, stage_with_tunnel, through_the_mesh, tunnel_until,
 };
 
 const REFUSES: &str = include_str!("../../programs/refuses.py");
@@ -22,6 +22,11 @@ const PORTS: (u16, u16) = (51_871, 4);
 /// The public key of a node's tunnel.
 fn key(report: &Value) -> Value {
     report["tunnel"]["keys"][0]["public_key"].clone()
+}
+
+/// The key of a node's tunnel that runs.
+fn key_of(node: &Node) -> Result<Value> {
+    Ok(key(&tunnel_until(node, "a key", |report| key(report).is_string())?))
 }
 
 /// Waits until a node's tunnel has another key than this one, which other nodes know.
@@ -59,7 +64,8 @@ pub(crate) fn after_the_start_of_a_computer_nothing_goes_out_in_plain_while_the_
         let node = stage.mesh.node(1);
         let strict =
             |report: &Value| report["strict"]["strict"] == "labelled" && report["strict"]["complete"] == true;
-        let before = tunnel_until(node, "strict mode", strict)?;
+        tunnel_until(node, "strict mode", strict)?;
+        let before = key_of(node)?;
         let _echo = datagrams::serve(&stage.far, PORT)?;
         let _other = datagrams::serve(&beyond, PORT)?;
 
@@ -101,7 +107,7 @@ pub(crate) fn after_the_start_of_a_computer_nothing_goes_out_in_plain_while_the_
         drop(holder);
         let _holder = datagrams::hold(node, PORTS.0, PORTS.1 - 1)?;
         stage.mesh.start_controller()?;
-        let after = another_key(node, &key(&before))?;
+        let after = another_key(node, &before)?;
         ensure!(after["tunnel"]["port"] == PORTS.0 + PORTS.1 - 1, "{after:#}");
         for (from, to) in [(&stage.stranger, &beyond), (&stage.client, &stage.far)] {
             for to in addresses(to) {
@@ -122,7 +128,7 @@ pub(crate) fn a_process_that_hangs_or_refuses_everything_is_replaced() -> Result
         let to = addresses(&stage.far)[0];
         let node = stage.mesh.node(1);
         let capture = Capture::start(&stage.mesh, 1, 2)?;
-        let mut before = key(&report(node)?);
+        let mut before = key_of(node)?;
         let pids = node.tunnel_pids()?;
         let [pid] = pids[..] else { anyhow::bail!("processes of the tunnel: {pids:?}") };
         kill(Pid::from_raw(pid), Signal::SIGSTOP)?;
@@ -157,7 +163,7 @@ pub(crate) fn what_an_agent_cannot_find_out_is_told_and_the_tunnel_goes_on() -> 
         stage.announce_error("does not answer");
         let _echo = datagrams::serve(&stage.far, PORT)?;
         let node = stage.mesh.node(1);
-        let before = report(node)?;
+        let before = key_of(node)?;
         let pids = node.tunnel_pids()?;
         let sender = datagrams::keep(&stage.client, addresses(&stage.far)[0], PORT, CANARY)?;
         // One that hangs, and one that cannot even be looked for.
@@ -179,7 +185,7 @@ pub(crate) fn what_an_agent_cannot_find_out_is_told_and_the_tunnel_goes_on() -> 
         drop(listener);
         fs::remove_file(&loops)?;
         let after = tunnel_until(node, "all is well", |report| report["findings"] == json!([]))?;
-        ensure!(key(&after) == key(&before) && node.tunnel_pids()? == pids, "another process: {after:#}");
+        ensure!(key(&after) == before && node.tunnel_pids()? == pids, "another process: {after:#}");
         datagrams::end(sender)?;
         Ok(())
     })

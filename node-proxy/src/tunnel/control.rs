@@ -214,9 +214,11 @@ mod tests {
 
     fn message() -> impl Strategy<Value = Option<Message>> {
         let generations = || vec(0..12_u64, 0..5);
-        let apply = (generations(), vec(peer(), 0..3), any::<u32>());
-        let apply = apply.prop_map(|(generations, peers, mtu)| TunnelApply { generations, peers, mtu });
-        let open = (any::<u32>(), any::<u32>(), any::<u32>(), proptest::option::of(apply.clone()));
+        let apply = || {
+            let parts = (generations(), vec(peer(), 0..3), any::<u32>());
+            parts.prop_map(|(generations, peers, mtu)| TunnelApply { generations, peers, mtu })
+        };
+        let open = (any::<u32>(), any::<u32>(), any::<u32>(), proptest::option::of(apply()));
         let open = open.prop_map(|(queues, port, keepalive_seconds, apply)| TunnelOpen {
             queues,
             port,
@@ -231,7 +233,7 @@ mod tests {
             (0..12_u64, any::<u32>())
                 .prop_map(|(generation, port)| Some(Message::NewKey(TunnelNewKey { generation, port }))),
             generations().prop_map(|generations| Some(Message::Announced(TunnelAnnounced { generations }))),
-            apply.prop_map(|apply| Some(Message::Apply(apply))),
+            apply().prop_map(|apply| Some(Message::Apply(apply))),
             open.prop_map(|open| Some(Message::Open(open))),
         ]
     }
