@@ -5,6 +5,7 @@
 #   scripts/install-deps.sh build      a C compiler, for the crates that bring C code
 #   scripts/install-deps.sh run        the programs that the demo, the scenarios and the benchmarks use
 #   scripts/install-deps.sh cluster    what the Kubernetes cluster of e2e/cluster uses
+#   scripts/install-deps.sh uml        what a Linux with WireGuard is built with, for tests (scripts/build-uml.sh)
 #   scripts/install-deps.sh check      clippy, rustfmt, cargo-deny
 set -euo pipefail
 
@@ -44,6 +45,15 @@ packages_cluster=(
     "tcpdump            looks for plain text between the nodes"
     "gcc                compiles the pods' first process"
     "libc6-dev          its headers"
+)
+packages_uml=(
+    "gcc                compiles it"
+    "libc6-dev          its headers"
+    "make               builds it"
+    "flex               reads its settings"
+    "bison              reads its settings"
+    "bc                 computes its constants"
+    "xz-utils           unpacks its sources"
 )
 # Debian starts these when they are installed; here they only run in pods.
 services=(nginx redis-server postgresql mariadb)
@@ -166,14 +176,15 @@ install_cargo_tools() {
 }
 
 if [ "$#" = 0 ]; then
-    die "say what for: build, run, cluster, check"
+    die "say what for: build, run, cluster, uml, check"
 fi
 for what in "$@"; do
     case $what in
         build) need_cargo; install_packages "${packages_build[@]}" ;;
         run) install_packages "${packages_run[@]}" ;;
         cluster) install_packages "${packages_cluster[@]}" ;;
+        uml) install_packages "${packages_uml[@]}" ;;
         check) install_cargo_tools ;;
-        *) die "$what is none of: build, run, cluster, check" ;;
+        *) die "$what is none of: build, run, cluster, uml, check" ;;
     esac
 done

@@ -99,6 +99,19 @@ wireguard_go() {
     fi
 }
 
+# The kernel's own WireGuard, in a kernel that has it, whatever the one of this computer has. The test program is started by
+# the runner that cargo starts test programs with.
+kernel_wireguard() {
+    if ! scripts/install-deps.sh uml || ! scripts/build-uml.sh; then
+        printf 'test all ... ignored, skipped: a Linux with WireGuard could not be built, see above\n' | tee -a "$output"
+        printf 'test result: ok. 0 passed; 0 failed; 1 ignored\n' | tee -a "$output"
+        return
+    fi
+    CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/scripts/in-uml.sh RUST_BACKTRACE=0 \
+        cargo test --release --locked --no-fail-fast --workspace --test kernel -- \
+        --include-ignored --test-threads 1 --show-output 2>&1 | without_successes | tee -a "$output"
+}
+
 logged() { "$@" 2>&1 | tee -a "$output"; }
 
 must "tools and programs" scripts/install-deps.sh build run check
@@ -113,6 +126,7 @@ stage "wireguard-go" wireguard_go
 stage "Helm chart" logged charts/test/run
 # Both stages select the whole workspace, or crates would be built again with other features of what they depend on.
 stage "unit and integration tests" run_tests --workspace -- --include-ignored --skip scenarios::
+stage "the kernel's WireGuard" kernel_wireguard
 stage "scenarios" run_tests --workspace --test scenarios -- --include-ignored --test-threads 1
 stage "Kubernetes" logged cluster_story
 
