@@ -10,18 +10,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use net::exchange::{deliver, echo, stream, udp};
 use net::{MTU, Namespace, Node, Switch, outer4, pod4, pod6, until};
-use wireguard::device::kernel::{KernelDevice, Settings};
-use wireguard::device::{Mode, OwnKey, PeerKey, PeerNode, PrivateKey, Tunnel, kernel_has_wireguard};
+use wireguard::device::kernel::{self, HeldKey, KernelDevice, Settings};
+use wireguard::device::{DropCause, Mode, OwnKey, PeerKey, PeerNode, PrivateKey, Tunnel};
 
 /// Returns from the test, saying why, where the kernel cannot take part.
 macro_rules! require_kernel_wireguard {
     () => {
         require_network!();
-        if !kernel_has_wireguard() {
-            println!("skipped: this kernel has no WireGuard");
+        if let Some(reason) = kernel::missing(&Settings::default()) {
+            println!("skipped: {reason}");
             return;
         }
     };
+}
+
+fn settings() -> Settings {
+    Settings { interface: "wgk".to_owned(), port: 51_871, mtu: MTU.into(), ..Settings::default() }
 }
 
 /// A node whose tunnel is the kernel's.
@@ -37,9 +41,7 @@ impl KernelNode {
     fn new(switch: &Switch, number: u8, others: &[u8]) -> Self {
         let ns = Namespace::new();
         switch.plug(&ns, number);
-        let settings =
-            Settings { interface: "wgk".to_owned(), port: 51_871, mtu: MTU.into(), ..Settings::default() };
-        let device = ns.enter(|| KernelDevice::new(settings)).unwrap();
+        let device = ns.enter(|| KernelDevice::new(settings())).unwrap();
         ns.ip(&format!("addr add {}/32 dev lo", pod4(number)));
         ns.ip(&format!("addr add {}/128 dev lo nodad", pod6(number)));
         let keys = vec![OwnKey { generation: 0, private: PrivateKey::generate().unwrap() }];
@@ -141,9 +143,14 @@ fn the_kernel_rotates_in_the_midst_of_streams_with_ours_and_with_itself() {
             sent
         });
         let receiver = scope.spawn(move || {
-            let mut all = Vec::new();
-            other.read_to_end(&mut all).unwrap();
-            all.len()
+            let mut buffer = [0; 65_536];
+            let mut received = 0;
+            loop {
+                match other.read(&mut buffer).unwrap() {
+                    0 => return received,
+                    read => received += read,
+                }
+            }
         });
         for generation in 1..=6 {
             a.keys.insert(0, OwnKey { generation, private: PrivateKey::generate().unwrap() });
@@ -169,30 +176,133 @@ fn the_kernel_rotates_in_the_midst_of_streams_with_ours_and_with_itself() {
     assert_eq!(a.device.status().interfaces, ["wgk0"]);
 }
 
+/// What the next process finds in the kernel.
+fn held(node: &KernelNode) -> Vec<HeldKey> {
+    node.ns.enter(|| kernel::held(&settings())).unwrap()
+}
+
 #[test]
 #[ignore = "needs root"]
-fn a_session_outlives_the_process_and_a_node_taken_out_does_not() {
+fn the_next_process_finds_keys_and_sessions_in_the_kernel_and_a_node_taken_out_has_none() {
     require_kernel_wireguard!();
     let switch = Switch::new();
     let (mut a, b) = (KernelNode::new(&switch, 1, &[2]), Node::new(&switch, 2, &[1]));
+    assert!(held(&a).is_empty());
     a.knows(vec![b.announced()]);
     b.knows(vec![a.announced()]);
     let (one, other) = (udp(&a.ns, pod4(1)), udp(&b.ns, pod4(2)));
     deliver(&one, &other, b"before");
     let handshakes = || b.status().peers["node-1"].keys[0].handshakes;
     let before = handshakes();
-    // The next process knows no more than its keys and its peers.
-    let settings = Settings { interface: "wgk".to_owned(), mtu: MTU.into(), ..Settings::default() };
-    a.device = a.ns.enter(|| KernelDevice::new(settings)).unwrap();
+    // The next process knows no more than what the kernel has, and its peers.
+    let found = held(&a);
+    let generations: Vec<u64> = found.iter().map(|held| held.own.generation).collect();
+    assert_eq!((generations, found[0].leaving, found[0].ports), (vec![0], false, a.device.ports(0)));
+    assert!(found[0].received > 0);
+    a.keys = found.into_iter().map(|held| held.own).collect();
+    a.device = a.ns.enter(|| KernelDevice::new(settings())).unwrap();
     a.knows(vec![b.announced()]);
     deliver(&one, &other, b"after");
     deliver(&other, &one, b"after");
     assert_eq!(handshakes(), before);
+    a.ns.enter(|| kernel::leave(&settings())).unwrap();
+    assert!(held(&a)[0].leaving, "another tunnel takes its place");
+    a.knows(vec![b.announced()]);
+    assert!(!held(&a)[0].leaving, "it has it again");
     a.knows(vec![]);
     assert_eq!(a.device.status().interfaces, [""; 0]);
+    assert_eq!(a.device.status().own_keys.len(), 1);
     assert_eq!(a.device.routes_via("node-2"), None);
     a.knows(vec![b.announced()]);
     deliver(&one, &other, b"back");
-    a.device.remove().unwrap();
+    assert_eq!(a.ns.enter(|| kernel::remove(&settings())).unwrap(), 1);
     assert!(!a.ns.ip("link show").contains("wgk"));
+    assert_eq!(a.ns.enter(|| kernel::remove(&settings())).unwrap(), 0);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn sessions_come_about_with_nodes_to_which_nothing_is_sent_when_they_are_wanted() {
+    require_kernel_wireguard!();
+    let switch = Switch::new();
+    let (a, b) = (KernelNode::new(&switch, 1, &[2]), KernelNode::new(&switch, 2, &[1]));
+    a.device.set_eager(true);
+    a.knows(vec![b.announced()]);
+    b.knows(vec![a.announced()]);
+    until("a session", || a.device.routes()["node-2"].1.then_some(()));
+    assert_eq!(a.sending("node-2"), Some((0, 0)));
+    assert!(a.ns.ip("-d link show wgk0").contains("sockmesh key 0 made "));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn somebody_elses_interface_is_left_alone_and_one_that_was_removed_is_made_again() {
+    require_kernel_wireguard!();
+    let switch = Switch::new();
+    let (a, b) = (KernelNode::new(&switch, 1, &[2]), Node::new(&switch, 2, &[1]));
+    a.ns.ip("link add wgk0 type bridge");
+    let refused = a.device.apply(a.keys.clone(), vec![b.announced()]).unwrap_err().to_string();
+    assert!(refused.contains("wgk0 is another kind of interface; remove it"), "{refused}");
+    assert!(a.ns.enter(|| kernel::held(&settings())).is_err());
+    assert!(a.ns.enter(|| kernel::remove(&settings())).is_err());
+    a.ns.ip("link del wgk0");
+    a.knows(vec![b.announced()]);
+    b.knows(vec![a.announced()]);
+    let (one, other) = (udp(&a.ns, pod4(1)), udp(&b.ns, pod4(2)));
+    deliver(&one, &other, b"before");
+    a.ns.ip("link del wgk0");
+    a.knows(vec![b.announced()]);
+    deliver(&one, &other, b"after");
+    assert_eq!(held(&a).len(), 1);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn what_goes_into_the_tunnel_and_is_no_nodes_is_counted() {
+    require_kernel_wireguard!();
+    let switch = Switch::new();
+    let (a, b) = (KernelNode::new(&switch, 1, &[2]), Node::new(&switch, 2, &[1]));
+    a.knows(vec![b.announced()]);
+    a.ns.ip("route add 10.77.0.0/16 dev wgk0 src 10.1.0.1");
+    let nowhere = udp(&a.ns, pod4(1));
+    nowhere.send_to(b"lost", "10.77.0.1:9").expect_err("the kernel says so at once");
+    assert!(a.device.status().drops[&DropCause::NoPeer] >= 1);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_thousand_nodes_are_configured_found_again_and_taken_out() {
+    require_kernel_wireguard!();
+    let switch = Switch::new();
+    let a = KernelNode::new(&switch, 1, &[]);
+    let node = |number: u32| PeerNode {
+        name: format!("far-{number}"),
+        keys: vec![PeerKey {
+            generation: u64::from(number % 2),
+            public: PrivateKey::generate().unwrap().public(),
+            addresses: vec![outer4(9)],
+            ports: [51_871; 2],
+        }],
+        allowed_ips: vec![
+            format!("10.{}.{}.0/24", 100 + number / 256, number % 256).parse().unwrap(),
+            format!("fd01:{number:x}::/64").parse().unwrap(),
+        ],
+    };
+    let far: Vec<PeerNode> = (0..1000).map(node).collect();
+    let changes = |device: &KernelDevice, nodes: &[PeerNode]| device.apply(a.keys.clone(), nodes.to_vec()).unwrap();
+    assert_eq!(changes(&a.device, &far), []);
+    let status = a.device.status();
+    assert_eq!((status.interfaces.len(), status.peers.len()), (2, 1000));
+    assert_eq!(a.device.routes()["far-7"], ("wgk1".to_owned(), false));
+    let next = a.ns.enter(|| KernelDevice::new(settings())).unwrap();
+    assert_eq!(changes(&next, &far), []);
+    assert_eq!(changes(&next, &far[..500]), []);
+    assert_eq!(next.status().peers.len(), 500);
+    let kernels = |name: &str| {
+        let mut socket = a.ns.enter(|| wireguard_uapi::WgSocket::connect()).unwrap();
+        socket.get_device(wireguard_uapi::DeviceInterface::from_name(name)).unwrap()
+    };
+    let device = kernels("wgk0");
+    assert_eq!(device.peers.len(), 250);
+    assert!(device.peers.iter().all(|peer| peer.allowed_ips.len() == 2));
 }

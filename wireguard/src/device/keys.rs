@@ -63,7 +63,14 @@ impl PrivateKey {
     pub fn generate() -> std::io::Result<Self> {
         let mut bytes = Zeroizing::new([0; 32]);
         getrandom::fill(&mut *bytes).map_err(|e| std::io::Error::other(format!("no random numbers: {e}")))?;
-        Ok(Self(bytes))
+        Ok(Self(bytes).clamped())
+    }
+
+    /// The form in which the kernel keeps a key and gives it back, which means the same (`decodeScalar25519` of RFC 7748).
+    fn clamped(mut self) -> Self {
+        self.0[0] &= 0xf8;
+        self.0[31] = self.0[31] & 0x7f | 0x40;
+        self
     }
 
     /// The key's bytes, to seal them or hand them to another process.
@@ -84,7 +91,7 @@ impl PrivateKey {
 
 impl From<[u8; 32]> for PrivateKey {
     fn from(bytes: [u8; 32]) -> Self {
-        Self(Zeroizing::new(bytes))
+        Self(Zeroizing::new(bytes)).clamped()
     }
 }
 

@@ -4,7 +4,6 @@
 //! same addresses, so that a packet under the old key is as good as one under the next: that is how a rotation loses
 //! nothing. A node must be told of its peer's next key before the peer's old one is taken away.
 
-mod choice;
 mod claims;
 pub mod kernel;
 pub mod keys;
@@ -15,7 +14,6 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-pub use choice::{Choice, kernel_has_wireguard};
 pub use keys::{PrivateKey, PublicKey};
 pub use status::{DropCause, KeyStatus, Mode, PeerStatus, TunnelStatus};
 

@@ -1,9 +1,9 @@
-//! Interfaces: made, set up, removed.
+//! Interfaces: made, set up, read, removed.
 
 use std::io;
 
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Stats64};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkWireguard, new_connection};
 use tokio::runtime::{Builder, Runtime};
 
@@ -11,6 +11,17 @@ use tokio::runtime::{Builder, Runtime};
 pub(super) struct Links {
     runtime: Runtime,
     handle: Handle,
+}
+
+/// An interface as it is.
+pub(super) struct Link {
+    index: u32,
+    mtu: Option<u32>,
+    is_up: bool,
+    is_wireguard: bool,
+    /// What its maker has noted there.
+    pub(super) alias: Option<String>,
+    pub(super) counters: Option<Stats64>,
 }
 
 impl Links {
@@ -24,52 +35,82 @@ impl Links {
         Ok(Self { runtime, handle })
     }
 
-    /// Makes the interface unless it is there, and sets it up with this MTU.
+    /// Makes the interface unless it is there. It is down then, so that it listens nowhere before it knows on which port.
     pub(super) fn make(&self, name: &str, mtu: u32) -> io::Result<()> {
-        self.runtime.block_on(async {
-            let index = match self.index(name).await? {
-                Some((index, present)) if present == Some(mtu) => {
-                    return self.change(LinkUnspec::new_with_index(index).up()).await;
-                }
-                Some((index, _)) => index,
-                None => {
-                    let made = self.handle.link().add(LinkWireguard::new(name).mtu(mtu).up().build());
-                    return made.execute().await.map_err(error);
-                }
-            };
-            self.change(LinkUnspec::new_with_index(index).mtu(mtu).up()).await
-        })
+        if self.get(name)?.is_some() {
+            return Ok(());
+        }
+        let made = self.handle.link().add(LinkWireguard::new(name).mtu(mtu).build());
+        self.runtime.block_on(made.execute()).map_err(error)
     }
 
-    /// Removes the interface if it is there.
-    pub(super) fn delete(&self, name: &str) -> io::Result<()> {
-        self.runtime.block_on(async {
-            match self.index(name).await? {
-                Some((index, _)) => self.handle.link().del(index).execute().await.map_err(error),
-                None => Ok(()),
-            }
-        })
+    /// Sets an interface up that has everything else, with this MTU and this note.
+    pub(super) fn finish(&self, name: &str, mtu: u32, alias: &str) -> io::Result<()> {
+        let link = self.get(name)?.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))?;
+        if link.mtu == Some(mtu) && link.is_up && link.alias.as_deref() == Some(alias) {
+            return Ok(());
+        }
+        let change = LinkUnspec::new_with_index(link.index);
+        self.change(change.mtu(mtu).append_extra_attribute(LinkAttribute::IfAlias(alias.to_owned())).up())
     }
 
-    async fn change(&self, link: LinkMessageBuilder<LinkUnspec>) -> io::Result<()> {
-        self.handle.link().set(link.build()).execute().await.map_err(error)
+    /// Notes something at an interface that is there.
+    pub(super) fn note(&self, name: &str, alias: &str) -> io::Result<()> {
+        let link = self.get(name)?.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))?;
+        let change = LinkUnspec::new_with_index(link.index);
+        self.change(change.append_extra_attribute(LinkAttribute::IfAlias(alias.to_owned())))
     }
 
-    /// Index and MTU of the interface.
-    async fn index(&self, name: &str) -> io::Result<Option<(u32, Option<u32>)>> {
-        let mut found = self.handle.link().get().match_name(name.to_owned()).execute();
-        match found.try_next().await {
+    /// Removes the interface if it is there; whether it was.
+    pub(super) fn delete(&self, name: &str) -> io::Result<bool> {
+        let Some(link) = self.get(name)? else { return Ok(false) };
+        self.runtime.block_on(self.handle.link().del(link.index).execute()).map_err(error)?;
+        Ok(true)
+    }
+
+    /// The interface, if it is there. One of another kind is an error: it is somebody else's.
+    pub(super) fn get(&self, name: &str) -> io::Result<Option<Link>> {
+        let found = self.runtime.block_on(async {
+            self.handle.link().get().match_name(name.to_owned()).execute().try_next().await
+        });
+        match found {
             Ok(None) => Ok(None),
-            Ok(Some(link)) => {
-                let mtu = link.attributes.iter().find_map(|a| match a {
-                    LinkAttribute::Mtu(mtu) => Some(*mtu),
-                    _ => None,
-                });
-                Ok(Some((link.header.index, mtu)))
+            Ok(Some(message)) => {
+                let link = Link::read(message);
+                if link.is_wireguard {
+                    return Ok(Some(link));
+                }
+                let why = format!("{name} is another kind of interface; remove it, or set wireguard.interface");
+                Err(io::Error::new(io::ErrorKind::AlreadyExists, why))
             }
             Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -libc::ENODEV => Ok(None),
             Err(e) => Err(error(e)),
         }
+    }
+
+    fn change(&self, link: LinkMessageBuilder<LinkUnspec>) -> io::Result<()> {
+        self.runtime.block_on(self.handle.link().set(link.build()).execute()).map_err(error)
+    }
+}
+
+impl Link {
+    fn read(message: LinkMessage) -> Self {
+        let is_up = message.header.flags.contains(LinkFlags::Up);
+        let index = message.header.index;
+        let mut link =
+            Self { index, mtu: None, is_up, is_wireguard: false, alias: None, counters: None };
+        for attribute in message.attributes {
+            match attribute {
+                LinkAttribute::Mtu(mtu) => link.mtu = Some(mtu),
+                LinkAttribute::IfAlias(alias) => link.alias = Some(alias),
+                LinkAttribute::Stats64(counters) => link.counters = Some(counters),
+                LinkAttribute::LinkInfo(all) => {
+                    link.is_wireguard = all.contains(&LinkInfo::Kind(InfoKind::Wireguard));
+                }
+                _ => {}
+            }
+        }
+        link
     }
 }
 

@@ -5,31 +5,38 @@
 //! interface that is not routed over yet is made to agree on a session by a keepalive, which is switched off again when
 //! there is one.
 //!
-//! The interfaces stay when the process ends; the next one takes them over as they are, with their sessions, if it has
-//! the same key, and else replaces the key. [`KernelDevice::remove`] removes them.
+//! The interfaces stay when the process ends. They bear a note of their key's generation, so that the next process finds
+//! what it needs ([`held`]) and goes on with the same keys and sessions.
 
+mod held;
 mod link;
 mod plan;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 use parking_lot::Mutex;
 use wireguard_uapi::{DeviceInterface, WgSocket, get, set};
 
+pub use self::held::{HeldKey, held, leave, missing, remove};
+use self::held::{Note, now};
 use self::link::Links;
 use self::plan::{Plan, Planned};
 use super::{
-    ApplyError, Conflict, KeyStatus, Mode, OwnKey, PeerNode, PeerStatus, PublicKey, Tunnel, TunnelStatus,
+    ApplyError, Conflict, DropCause, KeyStatus, Mode, OwnKey, PeerNode, PeerStatus, PublicKey, Tunnel,
+    TunnelStatus,
 };
 
 /// Age of a session at which it ends (REJECT_AFTER_TIME, WireGuard paper, section 6.1).
 const SESSION: Duration = Duration::from_secs(180);
 /// Seconds between keepalives while a session is wanted on an interface without traffic: that of repeated handshakes.
 const URGE: u16 = 5;
+/// Numbers of the interfaces.
+const NUMBERS: Range<u8> = 0..4;
 
 /// What the kernel's interfaces are like.
 #[derive(Clone, Debug)]
@@ -58,6 +65,17 @@ impl Default for Settings {
     }
 }
 
+impl Settings {
+    fn name(&self, number: u8) -> String {
+        format!("{}{number}", self.interface)
+    }
+}
+
+/// UDP ports of an own key of a generation, as [`Tunnel::ports`]; `port` is [`Settings::port`].
+pub fn ports(port: u16, own_generation: u64) -> [u16; 2] {
+    [0, 1].map(|parity| port + u16::from(plan::number(own_generation, parity)))
+}
+
 /// A tunnel of which the kernel is the WireGuard, in the network namespace of the thread that made it.
 pub struct KernelDevice {
     settings: Settings,
@@ -68,6 +86,11 @@ struct State {
     wireguard: WgSocket,
     links: Links,
     plan: Plan,
+    mtu: u32,
+    /// Sessions are wanted with all nodes, and not only with those with which something is exchanged.
+    eager: bool,
+    /// When the keys of these generations were made, in seconds since 1970.
+    made: BTreeMap<u64, u64>,
     /// Endpoints as they were told, so that a node that has moved is not called back.
     told: HashMap<(u8, PublicKey), Option<SocketAddr>>,
 }
@@ -80,26 +103,48 @@ impl KernelDevice {
     pub fn new(settings: Settings) -> io::Result<Self> {
         let wireguard = WgSocket::connect()
             .map_err(|e| io::Error::other(format!("the kernel's WireGuard cannot be reached: {e}")))?;
-        let state = State { wireguard, links: Links::open()?, plan: Plan::default(), told: HashMap::new() };
+        let state = State {
+            wireguard,
+            links: Links::open()?,
+            plan: Plan::default(),
+            mtu: settings.mtu,
+            eager: false,
+            made: BTreeMap::new(),
+            told: HashMap::new(),
+        };
         Ok(Self { settings, state: Mutex::new(state) })
     }
 
-    /// Removes all interfaces.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn remove(&self) -> io::Result<()> {
-        let mut state = self.state.lock();
-        for number in 0..4 {
-            state.links.delete(&self.name(number))?;
-        }
-        state.plan = Plan::default();
-        state.told.clear();
-        Ok(())
+    /// Changes the largest packet, in bytes, from the next [`Tunnel::apply`] on.
+    pub fn set_mtu(&self, mtu: u32) {
+        self.state.lock().mtu = mtu;
     }
 
-    fn name(&self, number: u8) -> String {
-        format!("{}{number}", self.settings.interface)
+    /// Whether sessions are to be agreed on with all nodes, as when another tunnel's place is to be taken.
+    pub fn set_eager(&self, eager: bool) {
+        self.state.lock().eager = eager;
+    }
+
+    /// The interface through which packets to each node go now, as [`Tunnel::routes_via`], and whether there is a session on
+    /// it.
+    pub fn routes(&self) -> BTreeMap<String, (String, bool)> {
+        let mut state = self.state.lock();
+        let seen = state.seen(&self.settings);
+        // Sessions that have come about since need no more urging.
+        if let Err(e) = state.urge(&self.settings, &seen) {
+            tracing::warn!(
+                "cannot change keepalives on the tunnel's interfaces, which will be tried again: {e}"
+            );
+        }
+        let mut routes = BTreeMap::new();
+        for (node, ways) in state.plan.all_ways() {
+            let live = ways.iter().find(|way| has_session(&seen, way));
+            // Without any session, over the oldest keys: those are known on both sides for certain.
+            if let Some((number, _)) = live.or(ways.last()) {
+                routes.insert(node, (self.settings.name(*number), live.is_some()));
+            }
+        }
+        routes
     }
 }
 
@@ -109,28 +154,18 @@ impl Tunnel for KernelDevice {
         let state = &mut *state;
         let before = &state.plan;
         let plan = Plan::new(&own, peers, |range| before.holder(range));
-        for number in 0..4 {
-            let name = self.name(number);
-            let failed = |what: &str| {
-                let what = format!("{what} {name}");
-                move |source| ApplyError::Kernel { what, source }
-            };
-            match plan.interfaces.get(&number) {
-                None => {
-                    state.links.delete(&name).map_err(failed("remove the interface"))?;
-                    state.told.retain(|(of, _), _| *of != number);
-                }
-                Some(planned) => {
-                    state.links.make(&name, self.settings.mtu).map_err(failed("make the interface"))?;
-                    state
-                        .configure(&self.settings, number, &name, planned)
-                        .map_err(failed("configure the interface"))?;
-                }
-            }
-        }
         let conflicts = plan.conflicts.clone();
+        let generations: BTreeSet<u64> = own.iter().map(|key| key.generation).collect();
+        state.made.retain(|generation, _| generations.contains(generation));
+        // What one interface is refused for is no reason to leave the others undone.
+        let mut first = Ok(());
+        for number in NUMBERS {
+            first = first.and(state.follow(&self.settings, number, plan.interfaces.get(&number)));
+        }
         state.plan = plan;
-        state.urge(&self.settings, |number| self.name(number)).map_err(|source| ApplyError::Kernel {
+        first?;
+        let seen = state.seen(&self.settings);
+        state.urge(&self.settings, &seen).map_err(|source| ApplyError::Kernel {
             what: "start handshakes on the tunnel's interfaces".to_owned(),
             source,
         })?;
@@ -141,24 +176,21 @@ impl Tunnel for KernelDevice {
         let mut state = self.state.lock();
         let state = &mut *state;
         let mut peers: BTreeMap<String, PeerStatus> = BTreeMap::new();
-        let mut interfaces = Vec::new();
-        let mut own_keys = BTreeMap::new();
-        let seen = state.seen(|number| self.name(number));
-        for (number, planned) in &state.plan.interfaces {
-            interfaces.push(self.name(*number));
-            own_keys.insert(planned.own_generation, planned.private.public());
-            for (key, peer) in &planned.peers {
-                let way = state.plan.ways(&peer.node);
-                let sending = way.iter().find(|way| seen.get(way).is_some_and(|p| age(p).is_some()));
-                let status = seen.get(&(*number, *key));
-                peers.entry(peer.node.clone()).or_default().keys.push(KeyStatus {
+        let seen = state.seen(&self.settings);
+        for (node, ways) in state.plan.all_ways() {
+            let sending = ways.iter().find(|way| has_session(&seen, way));
+            let peer = peers.entry(node).or_default();
+            for way in &ways {
+                let planned = &state.plan.interfaces[&way.0];
+                let status = seen.get(way);
+                peer.keys.push(KeyStatus {
                     own_generation: planned.own_generation,
-                    generation: peer.generation,
-                    public: *key,
+                    generation: planned.peers[&way.1].generation,
+                    public: way.1,
                     endpoint: status.and_then(|p| p.endpoint),
                     handshake_age: status.and_then(age),
                     handshakes: None,
-                    sending: sending == Some(&(*number, *key)),
+                    sending: sending == Some(way),
                     tx_packets: None,
                     tx_bytes: status.map_or(0, |p| p.tx_bytes),
                     rx_packets: None,
@@ -168,47 +200,78 @@ impl Tunnel for KernelDevice {
         }
         TunnelStatus {
             mode: Mode::Kernel,
-            interfaces,
+            interfaces: state.plan.interfaces.keys().map(|number| self.settings.name(*number)).collect(),
             port: self.settings.port,
-            mtu: self.settings.mtu,
-            own_keys: own_keys.into_iter().rev().collect(),
+            mtu: state.mtu,
+            own_keys: state.plan.own.iter().rev().map(|(generation, key)| (*generation, *key)).collect(),
             peers,
-            // The kernel counts drops by interface, without causes; `ip -s link` shows them.
-            drops: BTreeMap::new(),
+            drops: state.drops(&self.settings),
         }
     }
 
     fn routes_via(&self, peer: &str) -> Option<String> {
-        let mut state = self.state.lock();
-        // Sessions that have come about since need no more urging.
-        if let Err(e) = state.urge(&self.settings, |number| self.name(number)) {
-            tracing::warn!(
-                "cannot change keepalives on the tunnel's interfaces, which will be tried again: {e}"
-            );
-        }
-        let ways = state.plan.ways(peer);
-        let seen = state.seen(|number| self.name(number));
-        let live = ways.iter().find(|way| seen.get(way).is_some_and(|p| age(p).is_some()));
-        // Without any session, over the oldest keys: those are known on both sides for certain.
-        live.or(ways.last()).map(|(number, _)| self.name(*number))
+        self.routes().remove(peer).map(|(interface, _)| interface)
     }
 
     fn ports(&self, own_generation: u64) -> [u16; 2] {
-        [0, 1].map(|parity| self.settings.port + u16::from(plan::number(own_generation, parity)))
+        ports(self.settings.port, own_generation)
     }
 }
 
 impl State {
     /// What the kernel says of each peer of each interface.
-    fn seen(&mut self, name: impl Fn(u8) -> String) -> BTreeMap<(u8, PublicKey), get::Peer> {
+    fn seen(&mut self, settings: &Settings) -> Seen {
         let mut seen = BTreeMap::new();
         for number in self.plan.interfaces.keys() {
-            let Ok(device) = self.wireguard.get_device(DeviceInterface::from_name(name(*number))) else {
+            // One that is not there has no sessions; whoever routes to it finds out.
+            let Ok(device) = self.wireguard.get_device(DeviceInterface::from_name(settings.name(*number))) else {
                 continue;
             };
             seen.extend(device.peers.into_iter().map(|peer| ((*number, peer.public_key.into()), peer)));
         }
         seen
+    }
+
+    /// What the kernel counts for an interface and no peer in particular.
+    fn drops(&self, settings: &Settings) -> BTreeMap<DropCause, u64> {
+        let mut drops = BTreeMap::new();
+        for number in self.plan.interfaces.keys() {
+            let Ok(Some(link)) = self.links.get(&settings.name(*number)) else { continue };
+            let Some(counters) = link.counters else { continue };
+            // drivers/net/wireguard/{device,send,receive}.c
+            let causes = [
+                (DropCause::NoPeer, counters.tx_errors),
+                (DropCause::QueueFull, counters.tx_dropped),
+                (DropCause::Malformed, counters.rx_length_errors),
+                (DropCause::Spoofed, counters.rx_frame_errors.saturating_sub(counters.rx_length_errors)),
+            ];
+            for (cause, count) in causes.into_iter().filter(|(_, count)| *count > 0) {
+                *drops.entry(cause).or_default() += count;
+            }
+        }
+        drops
+    }
+
+    /// Makes one interface what is planned for it; without a plan, there shall be none.
+    fn follow(&mut self, settings: &Settings, number: u8, planned: Option<&Planned>) -> Result<(), ApplyError> {
+        let name = settings.name(number);
+        let failed = |what: &str| {
+            let what = format!("{what} {name}");
+            move |source| ApplyError::Kernel { what, source }
+        };
+        let Some(planned) = planned else {
+            self.told.retain(|(of, _), _| *of != number);
+            return self.links.delete(&name).map(drop).map_err(failed("remove the interface"));
+        };
+        let generation = planned.own_generation;
+        let link = self.links.get(&name).map_err(failed("look at the interface"))?;
+        let note = link.and_then(|link| Note::read(link.alias.as_deref()?)).filter(|n| n.generation == generation);
+        let noted = note.map_or_else(now, |note| note.made);
+        let made = *self.made.entry(generation).and_modify(|made| *made = noted.min(*made)).or_insert(noted);
+        let note = Note { generation, made, leaving: false };
+        self.links.make(&name, self.mtu).map_err(failed("make the interface"))?;
+        self.configure(settings, number, &name, planned).map_err(failed("configure the interface"))?;
+        self.links.finish(&name, self.mtu, &note.to_string()).map_err(failed("set up the interface"))
     }
 
     /// Makes the interface what it should be, changing only what is not so.
@@ -260,9 +323,10 @@ impl State {
                 changed = true;
             }
             // A process that has just started does not know what was told; the kernel's own idea may be a better one then.
-            let told = match self.told.get(&(number, *key)) {
-                Some(told) => *told,
-                None => there.and_then(|p| p.endpoint).and(peer.endpoint),
+            let told = match (there, self.told.get(&(number, *key))) {
+                (None, _) => None,
+                (Some(_), Some(told)) => *told,
+                (Some(there), None) => there.endpoint.and(peer.endpoint),
             };
             if told != peer.endpoint
                 && let Some(endpoint) = &peer.endpoint
@@ -283,17 +347,13 @@ impl State {
     }
 
     /// Switches keepalives on where a session is wanted that traffic does not bring about, and off where there is one: for
-    /// nodes with more than one way, on the ways that are newer than the one in use.
-    fn urge(&mut self, settings: &Settings, name: impl Fn(u8) -> String) -> io::Result<()> {
-        let seen = self.seen(&name);
-        let nodes: BTreeSet<&String> =
-            self.plan.interfaces.values().flat_map(|p| p.peers.values().map(|peer| &peer.node)).collect();
+    /// nodes with more than one way, on the ways that are newer than the one in use; else where all are wanted.
+    fn urge(&mut self, settings: &Settings, seen: &Seen) -> io::Result<()> {
         let mut changes: BTreeMap<u8, Vec<(PublicKey, u16)>> = BTreeMap::new();
-        for node in nodes {
-            let ways = self.plan.ways(node);
-            let live = ways.iter().position(|way| seen.get(way).is_some_and(|p| age(p).is_some()));
+        for ways in self.plan.all_ways().values() {
+            let live = ways.iter().position(|way| has_session(seen, way));
             for (at, way) in ways.iter().enumerate() {
-                let urgent = ways.len() > 1 && live.is_none_or(|live| at < live);
+                let urgent = (ways.len() > 1 || self.eager) && live.is_none_or(|live| at < live);
                 let wanted = if urgent { URGE } else { settings.keepalive.unwrap_or(0) };
                 if seen.get(way).is_some_and(|p| p.persistent_keepalive_interval != wanted) {
                     changes.entry(way.0).or_default().push((way.1, wanted));
@@ -305,11 +365,18 @@ impl State {
                 let peer = set::Peer::from_public_key(key.bytes()).flags(vec![set::WgPeerF::UpdateOnly]);
                 peer.persistent_keepalive_interval(*seconds)
             });
-            let device = set::Device::from_ifname(name(number)).peers(peers.collect());
+            let device = set::Device::from_ifname(settings.name(number)).peers(peers.collect());
             self.wireguard.set_device(device).map_err(io::Error::other)?;
         }
         Ok(())
     }
+}
+
+/// What the kernel says of peers, by the number of the interface and the key.
+type Seen = BTreeMap<(u8, PublicKey), get::Peer>;
+
+fn has_session(seen: &Seen, way: &(u8, PublicKey)) -> bool {
+    seen.get(way).is_some_and(|peer| age(peer).is_some())
 }
 
 /// Age of the peer's session; None without one that still counts.

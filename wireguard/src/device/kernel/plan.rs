@@ -16,6 +16,8 @@ use crate::device::{Conflict, OwnKey, PeerNode, PrivateKey, PublicKey};
 /// The interfaces by number, 0 to 3: twice the own generation's parity and the peers'.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
+    /// Public keys of this node by generation, those for which there is no interface included.
+    pub(super) own: BTreeMap<u64, PublicKey>,
     pub(super) interfaces: BTreeMap<u8, Planned>,
     pub(super) conflicts: Vec<Conflict>,
 }
@@ -50,9 +52,10 @@ impl Plan {
         mut peers: Vec<PeerNode>,
         had: impl Fn(&IpNet) -> Option<String>,
     ) -> Self {
-        let own_keys: HashSet<PublicKey> = own.iter().map(|key| key.private.public()).collect();
-        let conflicts = settle(&mut peers, &own_keys, had);
-        let mut plan = Self { interfaces: BTreeMap::new(), conflicts };
+        let own_keys: BTreeMap<u64, PublicKey> =
+            own.iter().map(|key| (key.generation, key.private.public())).collect();
+        let conflicts = settle(&mut peers, &own_keys.values().copied().collect::<HashSet<_>>(), had);
+        let mut plan = Self { own: own_keys, interfaces: BTreeMap::new(), conflicts };
         let mut own: Vec<&OwnKey> = own.iter().collect();
         own.sort_by_key(|key| key.generation);
         for key in own {
@@ -81,16 +84,20 @@ impl Plan {
         plan
     }
 
-    /// The interfaces that reach a node, the newest own key with the newest of the node's first.
-    pub(super) fn ways(&self, node: &str) -> Vec<(u8, PublicKey)> {
-        let mut ways: Vec<(u64, u64, u8, PublicKey)> = Vec::new();
+    /// The interfaces that reach each node, the newest own key with the newest of the node's first.
+    pub(super) fn all_ways(&self) -> BTreeMap<String, Vec<(u8, PublicKey)>> {
+        let mut all: BTreeMap<String, Vec<(u64, u64, u8, PublicKey)>> = BTreeMap::new();
         for (number, planned) in &self.interfaces {
-            for (key, peer) in planned.peers.iter().filter(|(_, peer)| peer.node == node) {
-                ways.push((planned.own_generation, peer.generation, *number, *key));
+            for (key, peer) in &planned.peers {
+                let way = (planned.own_generation, peer.generation, *number, *key);
+                all.entry(peer.node.clone()).or_default().push(way);
             }
         }
-        ways.sort_by_key(|(own, theirs, ..)| std::cmp::Reverse((*own, *theirs)));
-        ways.into_iter().map(|(_, _, number, key)| (number, key)).collect()
+        let in_order = |(node, mut ways): (String, Vec<(u64, u64, u8, PublicKey)>)| {
+            ways.sort_by_key(|(own, theirs, ..)| std::cmp::Reverse((*own, *theirs)));
+            (node, ways.into_iter().map(|(_, _, number, key)| (number, key)).collect())
+        };
+        all.into_iter().map(in_order).collect()
     }
 
     /// Which node has a range.
@@ -131,7 +138,7 @@ mod tests {
     fn with_one_key_each_there_is_one_interface() {
         let plan = plan(&[own(4)], vec![peer("a", &[7])]);
         assert_eq!(plan.interfaces.keys().collect::<Vec<_>>(), [&1]);
-        assert_eq!(plan.ways("a"), [(1, [b'a' + 7; 32].into())]);
+        assert_eq!(plan.all_ways()["a"], [(1, [b'a' + 7; 32].into())]);
         let planned = plan.interfaces[&1].peers.values().next().unwrap();
         assert_eq!(planned.endpoint, Some("192.0.2.9:100".parse().unwrap()));
     }
@@ -140,7 +147,7 @@ mod tests {
     fn when_both_rotate_there_are_four_and_the_newest_keys_come_first() {
         let plan = plan(&[own(3), own(4)], vec![peer("a", &[8, 7])]);
         assert_eq!(plan.interfaces.len(), 4);
-        let numbers: Vec<u8> = plan.ways("a").into_iter().map(|(number, _)| number).collect();
+        let numbers: Vec<u8> = plan.all_ways()["a"].iter().map(|(number, _)| *number).collect();
         assert_eq!(numbers, [number(4, 8), number(4, 7), number(3, 8), number(3, 7)]);
         let to = |n: u8| plan.interfaces[&n].peers.values().next().unwrap().endpoint.unwrap().port();
         assert_eq!([to(number(3, 7)), to(number(4, 7))], [200, 100]);
