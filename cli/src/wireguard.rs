@@ -43,6 +43,7 @@ enum What {
 #[serde(default)]
 struct Report {
     tunnel: Option<Tunnel>,
+    why: String,
     registration: String,
     findings: Vec<String>,
     rotations: u64,
@@ -253,6 +254,9 @@ fn of_node(reports: &Reports) -> String {
             }
         };
         let tunnel = report.tunnel.clone().unwrap_or_default();
+        if !report.why.is_empty() {
+            text += &format!("{}\n", one_line(&report.why));
+        }
         text += &format!(
             "{} WireGuard on {}, UDP port {}, MTU {}; keys {}; rotations {}\n\n",
             tunnel.mode,

@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use schema::{Described, Problems, Setting, choice, settings};
-pub use wireguard::{StrictMode, WireguardSettings};
+pub use wireguard::{StrictMode, TunnelMode, WireguardSettings};
 
 const fn secs(n: u64) -> Duration {
     Duration::from_secs(n)

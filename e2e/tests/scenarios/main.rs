@@ -13,6 +13,7 @@ mod takeover;
 mod tcp;
 mod tunnel;
 mod tunnel_failures;
+mod tunnel_kernel;
 mod volume;
 
 use std::process::ExitCode;
@@ -92,6 +93,8 @@ fn main() -> ExitCode {
         tunnel::what_a_route_leads_past_the_tunnel_is_dropped_by_name_for_pods_that_ask_for_it,
         tunnel::a_path_that_swallows_large_packets_is_named_and_what_crosses_is_made_to_fit,
         tunnel::a_node_that_is_to_have_no_tunnel_any_more_and_one_that_is_uninstalled_keep_no_trace_of_it,
+        tunnel_kernel::the_kernels_wireguard_keeps_keys_and_sessions_whatever_becomes_of_agents,
+        tunnel_kernel::a_tunnel_moves_into_the_kernel_and_back_while_agents_change_and_sends_nothing_plain,
         tunnel_failures::after_the_start_of_a_computer_nothing_goes_out_in_plain_while_the_tunnel_cannot_begin,
         tunnel_failures::a_process_that_hangs_or_refuses_everything_is_replaced,
         tunnel_failures::what_an_agent_cannot_find_out_is_told_and_the_tunnel_goes_on,

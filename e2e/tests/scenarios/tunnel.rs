@@ -25,7 +25,7 @@ pub(crate) fn stage_with_tunnel() -> Result<(Stage, Pod)> {
 pub(crate) fn stage_with(settings: Value) -> Result<(Stage, Pod)> {
     let stage = Stage::unmeshed(&[])?;
     let beyond = stage.mesh.pod(PodSpec::new("legacy", "beyond").node(2))?;
-    let mut all = json!({"enabled": true});
+    let mut all = json!({"enabled": true, "mode": "user"});
     for (name, value) in settings.as_object().into_iter().flatten() {
         all[name] = value.clone();
     }
@@ -48,7 +48,7 @@ pub(crate) fn through_the_mesh(stage: &Stage) -> Result<()> {
 }
 
 /// Another agent has the node, and the one before has ended: returns that.
-fn hand_over(stage: &Stage, node: &Node) -> Result<Process> {
+pub(crate) fn hand_over(stage: &Stage, node: &Node) -> Result<Process> {
     let mut old = stage.mesh.replace_agent(node)?;
     old.signal_alone(Signal::SIGTERM)?;
     ensure!(old.wait(LIMIT)?.success(), "the old agent failed:\n{}", old.log()?);

@@ -294,6 +294,13 @@ macro_rules! choice {
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum $name { $($(#[$vmeta])* $variant,)+ }
 
+        impl $name {
+            /// As it is written.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)+ }
+            }
+        }
+
         impl $crate::config::schema::Setting for $name {
             fn read(
                 value: &serde_json::Value, path: &str, problems: &mut $crate::config::schema::Problems,

@@ -16,11 +16,25 @@ choice! {
     }
 }
 
+choice! {
+    /// Which WireGuard encrypts.
+    pub enum TunnelMode {
+        /// The kernel's own if it has one, else one in user space.
+        Auto = "auto",
+        /// The kernel's; without, there is no tunnel.
+        Kernel = "kernel",
+        /// A process of the agent's.
+        User = "user",
+    }
+}
+
 settings! {
     /// The tunnel that carries between nodes what the mesh's mutual TLS does not.
     pub struct WireguardSettings {
         /// Whether the node has a tunnel. If not, what is left of one is removed at the start.
         enabled: bool = false, "true | false";
+        /// Which WireGuard encrypts: the kernel's own if it has one and a process of the agent's if not (auto), the kernel's or none (kernel), the process (user).
+        mode: TunnelMode = TunnelMode::Auto, "auto | kernel | user";
         /// First of four UDP ports: processes that take over from one another have one each.
         port: u16 = 51_871, "port", 1 => u16::MAX - 3;
         /// Name of the interface.

@@ -15,7 +15,7 @@ use std::io::ErrorKind;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
-pub(crate) use peers::to_wire;
+pub(crate) use peers::{from_wire, to_wire};
 pub use status::{KeyDocument, PeerDocument, SessionDocument, TunnelDocument};
 
 use control::Control;

@@ -42,8 +42,8 @@ pub(crate) fn to_wire(peers: &[PeerNode]) -> Vec<TunnelPeer> {
     peers.iter().map(peer).collect()
 }
 
-/// In the tunnel's process.
-pub(super) fn from_wire(peers: &[TunnelPeer]) -> Result<Vec<PeerNode>, String> {
+/// For the device.
+pub(crate) fn from_wire(peers: &[TunnelPeer]) -> Result<Vec<PeerNode>, String> {
     peers.iter().map(|peer| one(peer).map_err(|e| format!("node {}: {e}", peer.node))).collect()
 }
 

@@ -23,8 +23,8 @@ pub(super) struct Filter {
 /// What the policy depends on besides the mesh.
 pub(super) struct Around<'a> {
     pub(super) tunnels: &'a Tunnels,
-    /// The tunnel's own device and its MTU.
-    pub(super) interface: &'a str,
+    /// The tunnel's own devices and their MTU.
+    pub(super) interfaces: &'a [String],
     pub(super) mtu: u16,
     /// What the path to a node takes, where that is less.
     pub(super) usable: &'a dyn Fn(&str) -> Option<u16>,
@@ -105,6 +105,7 @@ pub(super) fn policy(settings: &WireguardSettings, mesh: &Mesh, around: &Around<
     pods.sort_by(|a, b| a.name.cmp(&b.name));
     let device = |name: &str, role| Device { name: name.to_owned(), role };
     let uplinks = around.uplinks.iter().map(|name| device(name, Role::Uplink));
+    let inside = around.interfaces.iter().map(|name| device(name, Role::Tunnel));
     Policy {
         strict: match settings.strict {
             StrictMode::Off => Strict::Off,
@@ -118,7 +119,7 @@ pub(super) fn policy(settings: &WireguardSettings, mesh: &Mesh, around: &Around<
         remote_ranges,
         node_addresses: node_addresses.into_iter().collect(),
         pods,
-        devices: uplinks.chain([device(around.interface, Role::Tunnel)]).collect(),
+        devices: uplinks.chain(inside).collect(),
         ..Policy::default()
     }
 }
@@ -184,7 +185,7 @@ mod tests {
         };
         let around = Around {
             tunnels: &tunnels,
-            interface: "wg",
+            interfaces: &["wg".to_owned()],
             mtu: 1408,
             usable: &|node| (node == "b").then_some(1216),
             uplinks: &BTreeSet::from(["eth0".to_owned()]),

@@ -216,11 +216,11 @@ fn received(sessions: &TunnelDocument, newest: Option<u64>) -> u64 {
 }
 
 /// All keys of this node that other nodes shall know: those of this process, and those of another one that lives.
-pub(super) fn registered(own: &Keys, ports: [u16; 2], others: &[TunnelKey]) -> Vec<TunnelKey> {
+pub(super) fn registered(own: &Keys, ports: impl Fn(u64) -> [u16; 2], others: &[TunnelKey]) -> Vec<TunnelKey> {
     let mut keys: BTreeMap<u64, TunnelKey> = others.iter().map(|key| (key.generation, *key)).collect();
     let own = own.announced().iter();
     keys.extend(
-        own.map(|&(generation, public_key)| (generation, TunnelKey { generation, public_key, ports })),
+        own.map(|&(generation, public_key)| (generation, TunnelKey { generation, public_key, ports: ports(generation) })),
     );
     keys.into_values().rev().take(MAX_TUNNEL_KEYS).collect()
 }
@@ -331,7 +331,7 @@ mod tests {
     fn keys_of_another_process_that_lives_are_registered_too() {
         let keys = Keys::new(vec![(8, [8; 32])], Duration::ZERO, DAY, OVERLAP, Duration::ZERO);
         let other = TunnelKey { generation: 7, public_key: [7; 32], ports: [9, 9] };
-        let registered = registered(&keys, [10, 10], &[other]);
+        let registered = registered(&keys, |_| [10, 10], &[other]);
         let seen: Vec<_> = registered.iter().map(|key| (key.generation, key.ports[0])).collect();
         assert_eq!(seen, [(8, 10), (7, 9)]);
     }

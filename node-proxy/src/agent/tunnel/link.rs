@@ -7,6 +7,7 @@ use anyhow::Context;
 use mesh_api::model::TunnelKey;
 use tokio::net::UnixStream;
 
+use super::kernel::KernelLink;
 use crate::ipc::proto::{
     FromTunnel, ToTunnel, TunnelAnnounced, TunnelApply, TunnelHello, TunnelNewKey, TunnelOpen, TunnelOwnKey,
     TunnelQuery, to_tunnel::Message,
@@ -35,6 +36,76 @@ pub(super) struct TunnelLink {
     next_id: u64,
     /// It did something that it was asked, after the hello.
     answered: bool,
+}
+
+/// What encrypts: a process, or the kernel.
+pub(super) enum Link {
+    /// Over its control socket.
+    Process(Box<TunnelLink>),
+    /// By netlink.
+    Kernel(KernelLink),
+}
+
+impl Link {
+    /// Whether it did anything that it was asked.
+    pub(super) fn has_answered(&self) -> bool {
+        match self {
+            Self::Process(process) => process.answered,
+            Self::Kernel(kernel) => kernel.answered,
+        }
+    }
+
+    /// Has a key made, by a process for this port; its public half.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub(super) async fn new_key(&mut self, generation: u64, port: u16) -> Result<[u8; 32], LinkError> {
+        match self {
+            Self::Process(process) => process.new_key(generation, port).await,
+            Self::Kernel(kernel) => kernel.new_key(generation),
+        }
+    }
+
+    /// Says which of its keys other nodes are told of. The kernel notes only that all are not.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub(super) async fn announced(&mut self, generations: Vec<u64>) -> Result<(), LinkError> {
+        match self {
+            Self::Process(process) => process.announced(generations).await,
+            Self::Kernel(_) => Ok(()),
+        }
+    }
+
+    /// Puts a configuration in force; what was left out because it contradicts the rest.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub(super) async fn apply(&mut self, apply: TunnelApply) -> Result<Vec<String>, LinkError> {
+        match self {
+            Self::Process(process) => process.apply(apply).await,
+            Self::Kernel(kernel) => kernel.apply(apply).await,
+        }
+    }
+
+    /// How the tunnel is.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub(super) async fn status(&mut self) -> Result<TunnelDocument, LinkError> {
+        match self {
+            Self::Process(process) => process.status().await,
+            Self::Kernel(kernel) => kernel.status().await,
+        }
+    }
+
+    /// UDP ports of a key of this node; a process has one for all.
+    pub(super) fn ports(&self, generation: u64, port: u16) -> [u16; 2] {
+        match self {
+            Self::Process(_) => [port; 2],
+            Self::Kernel(kernel) => kernel.ports(generation),
+        }
+    }
 }
 
 /// What the process said of itself.
@@ -83,11 +154,6 @@ impl TunnelLink {
         let keys = held(answer.keys).map_err(LinkError::Refused)?;
         link.answered = false;
         Ok((link, Found { pid: answer.pid, opened: answer.opened, keys }))
-    }
-
-    /// Whether the process did anything that it was asked after the hello.
-    pub(super) fn has_answered(&self) -> bool {
-        self.answered
     }
 
     async fn call(

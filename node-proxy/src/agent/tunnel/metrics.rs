@@ -46,6 +46,11 @@ pub(in crate::agent) fn text(report: Option<&TunnelReport>, restarts: u64) -> St
         let _ = writeln!(t, "{name} {value}");
     }
     if let Some(tunnel) = &report.tunnel {
+        let name = "sockmesh_wireguard_mode";
+        family(t, name, "gauge", "1 for the WireGuard that encrypts: the kernel's own or one in user space.");
+        for mode in ["kernel", "user"] {
+            let _ = writeln!(t, "{name}{{mode=\"{mode}\"}} {}", u8::from(tunnel.mode == mode));
+        }
         of_tunnel(t, tunnel);
     }
     if let Some(strict) = &report.strict {
@@ -156,6 +161,9 @@ mod tests {
         let page = text(Some(&TunnelReport { tunnel: Some(tunnel), ..TunnelReport::default() }), 0);
         let line = "sockmesh_wireguard_dropped_packets_total{peer=\"b\",cause=\"replayed\"} 3";
         assert!(page.lines().any(|l| l == line), "{page}");
+        for line in ["sockmesh_wireguard_mode{mode=\"user\"} 1", "sockmesh_wireguard_mode{mode=\"kernel\"} 0"] {
+            assert!(page.lines().any(|l| l == line), "{page}");
+        }
         assert!(!page.contains("handshake_age_seconds{"), "no session has no age: {page}");
     }
 }

@@ -4,6 +4,10 @@
 //! * [`session`] is the life with one process: one loop that looks at everything, does what is to be done, and sleeps until
 //!   something changes. It keeps no state that a restart would miss: the process has keys and sessions, the kernel routes;
 //!   what fails is told and tried again ([`refusals`]), and the process goes on with what it has;
+//! * [`choice`] says whether the kernel's own WireGuard takes the process's place, and [`kernel`] is what differs then: there
+//!   is no process, and keys and sessions stay in the kernel whatever becomes of agents; a tunnel of the other kind ends by
+//!   [`leftover`];
+//! * [`ways`] are the interfaces by which packets go to each node;
 //! * [`surroundings`] keeps routes, refusals and programs with a process and without one;
 //! * [`others`] are the processes of agents before and after this one;
 //! * [`keys`] says when keys change, and which the controller hands to the other nodes;
@@ -24,7 +28,10 @@
 //! lost its interface: with it go its sessions and keys.
 
 mod filter;
+mod choice;
+mod kernel;
 mod keys;
+mod leftover;
 mod link;
 mod metrics;
 mod others;
@@ -33,6 +40,7 @@ mod plan;
 mod refusals;
 mod session;
 mod surroundings;
+mod ways;
 
 use std::net::UdpSocket;
 use std::path::Path;
@@ -48,7 +56,7 @@ use tokio::process::Child;
 use wireguard::net::probe::PathFinding;
 use wireguard::net::{Router, RoutingStatus};
 
-use self::link::{Found, TunnelLink};
+use self::link::{Found, Link, TunnelLink};
 pub(super) use self::metrics::text as metrics;
 use self::session::{End, Session, claim};
 use self::surroundings::Surroundings;
@@ -82,6 +90,9 @@ pub struct TunnelReport {
     pub strict: Option<redirect_bpf::tunnel::TunnelStatus>,
     /// How large packets may be on the way to nodes with which there is a session.
     pub paths: Vec<PathFinding>,
+    /// Which WireGuard encrypts, the kernel's or a process of the agent's, and why.
+    #[serde(default)]
+    pub why: String,
     /// Whether the other nodes are told of its keys.
     pub registration: String,
     /// What is wrong, in sentences; empty when all is well.
@@ -99,6 +110,7 @@ pub(super) struct Tunnel {
     pid: Mutex<Option<u32>>,
     /// Why an agent should not take the node yet.
     missing: Mutex<Option<String>>,
+    why: Mutex<String>,
     rotate: tokio::sync::Notify,
     pub(super) restarts: AtomicU64,
 }
@@ -153,6 +165,9 @@ pub(super) async fn keep(agent: Arc<Agent>, launcher: Launcher) {
     *agent.tunnel.report.lock() = Some(TunnelReport::default());
     let mut restarts = Restarts::new(&launcher.settings);
     let mut around = Surroundings::new(&agent);
+    if choice::is_kernel(&agent).await {
+        return kernel::keep(&agent, &mut around, restarts).await;
+    }
     let mut process = Process::default();
     loop {
         restarts.started();
@@ -256,6 +271,7 @@ async fn attempt(
             Err(error) => End::Lost(error.into()),
         };
     };
+    let link = Link::Process(Box::new(link));
     let mut session = Session::start(agent, around, socket, link, found, ports);
     let end = session.run(life).await;
     if session.was_of_use() {
@@ -272,7 +288,11 @@ async fn claim_some(
 ) -> Option<(u16, Vec<UdpSocket>)> {
     let mut pause = BETWEEN_CONNECTIONS;
     loop {
-        match claim(&agent.config.wireguard, found) {
+        // Ports of the kernel's keys are kept for them even where nobody listens yet.
+        let used = kernel::held(&kernel::settings(&agent.config.wireguard)).await.map(|held| {
+            held.iter().flat_map(|held| held.ports).collect::<Vec<u16>>()
+        });
+        match used.and_then(|used| claim(&agent.config.wireguard, found, &used)) {
             Ok(ports) => return Some(ports),
             Err(_) if agent.takeover.phase() == Phase::Retired => return None,
             Err(error) => around.lacks(format!("{error:#}")),
@@ -378,11 +398,13 @@ pub(super) async fn pid_of(stream: UnixStream) -> anyhow::Result<u32> {
 pub(super) async fn remove_traces(config: &NodeConfig) -> anyhow::Result<()> {
     let programs = redirect_bpf::tunnel::uninstall(&config.node.bpffs, &config.node.name)
         .context("cannot remove the programs around the tunnel");
+    let settings = kernel::settings(&config.wireguard);
+    let interfaces = kernel::blocking(move || wireguard::device::kernel::remove(&settings)).await.and_then(|removed| Ok(removed?));
     let router =
         Router::open(plan::routing(&config.wireguard)).context("cannot look at the tunnel's routes")?;
     let removed = router.uninstall().await.context("cannot remove the tunnel's routes")?;
     if removed > 0 {
         tracing::info!(removed, "the tunnel's routes and rules are gone");
     }
-    programs
+    interfaces.context("cannot remove the tunnel's interfaces").and(programs)
 }

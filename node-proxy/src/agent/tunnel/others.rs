@@ -4,16 +4,17 @@
 //! hold this one up. What it said last stays known until it is gone.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::time::Instant;
 
+use super::kernel;
 use super::link::{Found, HeldKey, TunnelLink};
 use crate::agent::process;
 use crate::child::Role;
+use crate::config::NodeConfig;
 
 /// How often they are asked.
 const EVERY: Duration = Duration::from_secs(2);
@@ -46,20 +47,25 @@ pub(super) struct Others {
     run_dir: PathBuf,
     own: PathBuf,
     known: BTreeMap<PathBuf, Other>,
+    /// To look for what the kernel holds, where that is another tunnel and not this one's own.
+    kernel: Option<wireguard::device::kernel::Settings>,
+    held: Vec<HeldKey>,
     asked: Option<Instant>,
 }
 
 impl Others {
-    /// Those in the run directory but the one behind `own`.
-    pub(super) fn new(run_dir: PathBuf, own: PathBuf) -> Self {
-        Self { run_dir, own, known: BTreeMap::new(), asked: None }
+    /// Those in the run directory but the one behind `own`, and the kernel, if that is another.
+    pub(super) fn new(config: &NodeConfig, own: PathBuf, with_kernel: bool) -> Self {
+        let kernel = with_kernel.then(|| kernel::settings(&config.wireguard));
+        let run_dir = config.node.run_dir.clone();
+        Self { run_dir, own, known: BTreeMap::new(), kernel, held: Vec::new(), asked: None }
     }
 
     /// Asks those whose turn it is.
     ///
     /// # Errors
-    /// When the run directory cannot be read.
-    pub(super) async fn look(&mut self) -> io::Result<()> {
+    /// When the run directory cannot be read, or the kernel not be asked.
+    pub(super) async fn look(&mut self) -> anyhow::Result<()> {
         if self.asked.is_some_and(|at| at.elapsed() < EVERY) {
             return Ok(());
         }
@@ -86,6 +92,9 @@ impl Others {
                 Err(_) => self.known.entry(path).or_default().is_in_vain(true),
             }
         }
+        if let Some(settings) = &self.kernel {
+            self.held = kernel::held(settings).await?.iter().map(kernel::known).collect();
+        }
         self.asked = Some(Instant::now());
         Ok(())
     }
@@ -97,7 +106,7 @@ impl Others {
 
     /// Whether there are none.
     pub(super) fn is_empty(&self) -> bool {
-        self.known.is_empty()
+        self.known.is_empty() && self.held.is_empty()
     }
 
     /// What each said last.
@@ -107,7 +116,7 @@ impl Others {
 
     /// Their keys.
     pub(super) fn keys(&self) -> impl Iterator<Item = &HeldKey> {
-        self.found().flat_map(|found| &found.keys)
+        self.found().flat_map(|found| &found.keys).chain(&self.held)
     }
 
     /// Which do not answer.
@@ -160,7 +169,9 @@ mod tests {
         answering(&path(3), 13);
         // Nobody accepts.
         let hangs = UnixListener::bind(path(2)).unwrap();
-        let mut others = Others::new(dir.path().to_owned(), path(3));
+        let mut config = NodeConfig::default();
+        config.node.run_dir = dir.path().to_owned();
+        let mut others = Others::new(&config, path(3), false);
         others.look().await.unwrap();
         let pids = |others: &Others| others.found().map(|found| found.pid).collect::<Vec<_>>();
         assert_eq!(pids(&others), [11], "neither its own nor the one that hangs");

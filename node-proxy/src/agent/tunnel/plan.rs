@@ -52,24 +52,25 @@ pub(super) fn peers(tunnels: &Tunnels) -> Vec<PeerNode> {
     tunnels.others.iter().map(peer).collect()
 }
 
-/// What routes depend on: packets to other nodes' pods go through the `device`, and are refused while there is none. Without
-/// an entry for this node itself there are none: its pods' ranges are not known.
+/// What routes depend on: packets to another node's pods go through the device that is the `way` to it, and are refused while
+/// there is none. Without an entry for this node itself there are no routes: its pods' ranges are not known.
 pub(super) fn inputs(
     tunnels: &Tunnels,
-    device: Option<&TunnelDevice>,
+    devices: &[TunnelDevice],
+    way: impl Fn(&str) -> Option<String>,
     usable: impl Fn(&str) -> Option<u16>,
 ) -> Inputs {
     let Some(this) = &tunnels.this else { return Inputs::default() };
     let peer = |tunnel: &Arc<NodeTunnel>| PeerRoute {
         name: tunnel.node.to_string(),
-        device: device.map(|device| device.name.clone()),
+        device: way(&tunnel.node),
         pod_ranges: tunnel.pod_ranges.clone(),
         node_addresses: tunnel.addresses.clone(),
         usable_mtu: usable(&tunnel.node),
     };
     Inputs {
         local: LocalNode { pod_ranges: this.pod_ranges.clone(), node_addresses: this.addresses.clone() },
-        devices: device.cloned().into_iter().collect(),
+        devices: devices.to_vec(),
         peers: tunnels.others.iter().map(peer).collect(),
     }
 }
@@ -154,11 +155,11 @@ mod tests {
         assert_eq!(allowed, ["10.2.0.0/24", "192.0.2.2/32"]);
 
         let device = TunnelDevice { name: "wg".to_owned(), mtu: 1408 };
-        let inputs = inputs(&tunnels, Some(&device), |_| None);
+        let inputs = inputs(&tunnels, std::slice::from_ref(&device), |_| Some("wg".to_owned()), |_| None);
         assert_eq!(Some(inputs.local.pod_ranges), tunnels.this.as_ref().map(|a| a.pod_ranges.clone()));
         assert_eq!(inputs.peers[0].pod_ranges, tunnels.others[0].pod_ranges);
         assert_eq!(
-            super::inputs(&Tunnels { this: None, ..tunnels }, Some(&device), |_| None),
+            super::inputs(&Tunnels { this: None, ..tunnels }, &[], |_| None, |_| None),
             Inputs::default(),
             "nothing is known of this node"
         );

@@ -17,10 +17,12 @@ use mesh_api::model::{NodeTunnel, TunnelKey};
 use wireguard::device::user;
 
 use super::keys::{Keys, Step, registered};
-use super::link::{Found, LinkError, TunnelLink};
+use super::leftover::Leftover;
+use super::link::{Found, Link, LinkError};
 use super::others::Others;
 use super::refusals::{Attempt, Refusals};
 use super::surroundings::{Inside, Surroundings};
+use super::ways::Ways;
 use super::{AGAIN, TunnelReport, plan};
 use crate::agent::Agent;
 use crate::agent::mesh::Tunnels;
@@ -65,7 +67,7 @@ pub(super) struct Session<'a> {
     agent: &'a Arc<Agent>,
     settings: &'a WireguardSettings,
     around: &'a mut Surroundings,
-    link: TunnelLink,
+    link: Link,
     pid: u32,
     port: u16,
     /// It has what it runs on, as it does once the node is this agent's.
@@ -77,6 +79,7 @@ pub(super) struct Session<'a> {
     since: Instant,
     retired: Option<Instant>,
     others: Others,
+    leftover: Leftover,
     refusals: Refusals,
     announced: Vec<u64>,
     registered: Vec<TunnelKey>,
@@ -98,7 +101,7 @@ impl<'a> Session<'a> {
         agent: &'a Arc<Agent>,
         around: &'a mut Surroundings,
         path: PathBuf,
-        link: TunnelLink,
+        link: Link,
         found: Found,
         (port, sockets): (u16, Vec<UdpSocket>),
     ) -> Session<'a> {
@@ -116,7 +119,6 @@ impl<'a> Session<'a> {
             agent,
             settings,
             around,
-            link,
             pid,
             port,
             opened,
@@ -124,7 +126,8 @@ impl<'a> Session<'a> {
             keys,
             since: Instant::now(),
             retired: None,
-            others: Others::new(agent.config.node.run_dir.clone(), path),
+            leftover: Leftover::of(&link, agent),
+            others: Others::new(&agent.config, path, matches!(link, Link::Process(_))),
             refusals: Refusals::default(),
             announced: Vec::new(),
             registered: Vec::new(),
@@ -136,6 +139,7 @@ impl<'a> Session<'a> {
             looked: None,
             said: Registration::None,
             told_since: None,
+            link,
         }
     }
 
@@ -161,6 +165,9 @@ impl<'a> Session<'a> {
             if phase == Phase::Retired {
                 // The next agent tells of both its own keys and these, as long as they are announced here.
                 self.agent.controller.reporter.forget_tunnel_keys();
+                if matches!(self.link, Link::Kernel(_)) {
+                    return Err(End::Unneeded);
+                }
                 if self.retired.get_or_insert_with(Instant::now).elapsed() >= SETTLE {
                     self.keys.leave(self.since.elapsed());
                 }
@@ -186,7 +193,7 @@ impl<'a> Session<'a> {
             let said = registration.borrow_and_update().clone();
             let told = self.told(&said, this.as_deref());
             let only = self.others.is_empty();
-            let pause = match self.keys.step(&self.document, told, only, self.since.elapsed()) {
+            let pause = match self.keys.step(&self.document, told && self.opened, only, self.since.elapsed()) {
                 Step::Make(generation) => self.make_key(generation).await?,
                 Step::Drop(generation) => {
                     self.keys.dropped(generation);
@@ -201,6 +208,7 @@ impl<'a> Session<'a> {
                 self.keep_up(phase, tunnels).await?;
             }
             self.tell(phase).await?;
+            self.look_at_leftover(phase, told).await;
             if self.link.has_answered() {
                 life.works();
             }
@@ -262,11 +270,32 @@ impl<'a> Session<'a> {
         if !self.is_due(Attempt::MakeKey) {
             return Ok(LOOK_EVERY);
         }
+        let Some(generation) = self.generation(generation) else { return Ok(LOOK_EVERY) };
         let answer = self.link.new_key(generation, self.port).await;
         let Some(public) = self.heard(Attempt::MakeKey, answer)? else { return Ok(LOOK_EVERY) };
         self.keys.made(generation, public, self.since.elapsed());
         tracing::info!(generation, "the tunnel has a new key");
         Ok(Duration::ZERO)
+    }
+
+    /// Of the next key: the kernel's ports follow from it, and are to be free.
+    fn generation(&mut self, next: u64) -> Option<u64> {
+        let Link::Kernel(kernel) = &self.link else { return Some(next) };
+        let used: Vec<u16> = self.others.keys().flat_map(|held| held.key.ports).collect();
+        let generation = kernel.generation(next, &used);
+        if generation.is_none() {
+            let why = anyhow::anyhow!("tunnels of agents before this one have all UDP ports; they are gone soon");
+            self.failed(Attempt::MakeKey, &why);
+        }
+        generation
+    }
+
+    /// Has a tunnel of the other kind end that this one takes the place of, and that no agent is left to end.
+    async fn look_at_leftover(&mut self, phase: Phase, told: bool) {
+        let may_leave = phase == Phase::InCharge && self.opened && told && self.all_told();
+        if let Err(error) = self.leftover.look(may_leave, &mut self.others, self.settings.overlap).await {
+            self.around.note(format!("a tunnel that is not needed any more does not end: {error:#}"));
+        }
     }
 
     /// Ends the process; when to try again if that fails.
@@ -299,15 +328,40 @@ impl<'a> Session<'a> {
             let peers: BTreeSet<&str> = peers.map(|(name, _)| name.as_str()).collect();
             self.around.probe(&tunnels, &addresses, self.mtu(), &peers);
         }
-        // The process has descriptors of a device that is no more.
-        self.around
-            .keep(phase, &tunnels, &addresses, inside)
-            .await
-            .map_err(|removed| End::Useless(removed.into()))
+        let ways = self.ways();
+        let kept = self.around.keep(phase, &tunnels, &addresses, inside, &ways).await;
+        match kept {
+            // Made anew at the next look, with the same keys.
+            Err(removed) if matches!(self.link, Link::Kernel(_)) => {
+                self.around.note(removed.to_string());
+                self.applied = None;
+                Ok(())
+            }
+            // The process has descriptors of a device that is no more.
+            kept => kept.map_err(|removed| End::Useless(removed.into())),
+        }
+    }
+
+    /// By which interfaces packets go to the other nodes.
+    fn ways(&self) -> Ways {
+        match &self.link {
+            Link::Process(_) => Ways::only(&self.settings.interface),
+            Link::Kernel(kernel) => {
+                let (interfaces, routes) = kernel.routes();
+                let carries = |other: &Found| other.opened.is_some() && other.keys.iter().any(|key| key.announced);
+                let another = self.others.found().any(carries).then_some(self.settings.interface.as_str());
+                Ways::of_kernel(interfaces, routes, another)
+            }
+        }
     }
 
     /// Opens what the process runs on and hands it over. What cannot go through the tunnel meanwhile is refused.
     async fn open(&mut self, tunnels: &Tunnels) -> Result<(), End> {
+        if let Link::Kernel(kernel) = &mut self.link {
+            let answer = kernel.open(self.around.mtu(tunnels).into()).await;
+            self.opened = self.heard(Attempt::Open, answer)?.is_some();
+            return if self.opened { self.configure(tunnels).await } else { Ok(()) };
+        }
         let apply = self.configuration(tunnels);
         let (open, descriptors) = match self.make_interface(&apply).await {
             Ok(made) => made,
@@ -318,7 +372,8 @@ impl<'a> Session<'a> {
         };
         // Handshakes that came too early are begun again.
         self.sockets.iter().for_each(drain);
-        let answer = self.link.open(open, &descriptors).await;
+        let Link::Process(process) = &mut self.link else { return Ok(()) };
+        let answer = process.open(open, &descriptors).await;
         if let Some(conflicts) = self.heard(Attempt::Open, answer)? {
             self.opened = true;
             self.sockets.clear();
@@ -396,7 +451,8 @@ impl<'a> Session<'a> {
         }
         let others: Vec<TunnelKey> =
             self.others.keys().filter(|held| held.announced).map(|held| held.key).collect();
-        let all = registered(&self.keys, [self.port; 2], &others);
+        let ports = |generation| self.link.ports(generation, self.port);
+        let all = registered(&self.keys, ports, &others);
         // A key attracts packets. The first one of a node that has no tunnel yet is not told before they can be taken.
         let is_first = phase == Phase::Preparing && others.is_empty();
         if phase != Phase::Retired && !is_first {
@@ -408,6 +464,9 @@ impl<'a> Session<'a> {
 
     /// Tells the process of its keys and of the other nodes.
     async fn configure(&mut self, tunnels: &Tunnels) -> Result<(), End> {
+        if let Link::Kernel(kernel) = &self.link {
+            kernel.set_eager(!self.others.is_empty());
+        }
         let apply = self.configuration(tunnels);
         if self.applied.as_ref() != Some(&apply) && self.is_due(Attempt::Configure) {
             let answer = self.link.apply(apply.clone()).await;
@@ -477,6 +536,7 @@ impl<'a> Session<'a> {
             paths: self.around.paths(),
             registration,
             findings,
+            why: self.around.why(),
             rotations: self.keys.rotations(),
             rotating: self.keys.is_changing(),
         };
@@ -485,11 +545,15 @@ impl<'a> Session<'a> {
 }
 
 /// The port of a process, and sockets of it unless it has them: the port for which it made its keys, else the first that
-/// nobody has. Of agents that take the node over from one another while those before still receive each has its own.
+/// nobody has or is to have (`used`). Of agents that take the node over from one another while those before still receive each has its own.
 ///
 /// # Errors
 /// When none is free.
-pub(super) fn claim(settings: &WireguardSettings, found: &Found) -> anyhow::Result<(u16, Vec<UdpSocket>)> {
+pub(super) fn claim(
+    settings: &WireguardSettings,
+    found: &Found,
+    used: &[u16],
+) -> anyhow::Result<(u16, Vec<UdpSocket>)> {
     if let Some(opened) = &found.opened {
         return Ok((u16::try_from(opened.port).context("the tunnel's port is none")?, Vec::new()));
     }
@@ -499,7 +563,7 @@ pub(super) fn claim(settings: &WireguardSettings, found: &Found) -> anyhow::Resu
         threads => threads as usize,
     };
     let last = settings.port.saturating_add(PORTS - 1);
-    let port = has.or_else(|| (settings.port..=last).find(|port| user::is_free(*port)));
+    let port = has.or_else(|| (settings.port..=last).find(|port| !used.contains(port) && user::is_free(*port)));
     let port = port.with_context(|| {
         format!(
             "UDP ports {} to {last} are all in use: by tunnels of agents before this one, which are gone within \

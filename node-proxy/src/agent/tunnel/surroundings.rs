@@ -17,6 +17,7 @@ use wireguard::net::{self, Inputs, Router, RoutingStatus, TunnelDevice};
 
 use super::filter::{self, Around, Filter};
 use super::paths::Paths;
+use super::ways::Ways;
 use super::refusals::{Attempt, Refusals};
 use super::{TunnelReport, plan};
 use crate::agent::Agent;
@@ -78,6 +79,8 @@ pub(super) struct Surroundings {
     logged: Vec<String>,
     /// Why there is no process.
     away: Option<String>,
+    /// By which interfaces packets went to other nodes last.
+    ways: Option<Ways>,
 }
 
 impl Surroundings {
@@ -100,6 +103,7 @@ impl Surroundings {
             wrong: Vec::new(),
             logged: Vec::new(),
             away: None,
+            ways: None,
         }
     }
 
@@ -114,6 +118,11 @@ impl Surroundings {
             out = what => out,
             never = self.alone() => match never {},
         }
+    }
+
+    /// Which WireGuard it is, and why.
+    pub(super) fn why(&self) -> String {
+        self.agent.tunnel.why.lock().clone()
     }
 
     /// There is no process, and why.
@@ -167,7 +176,7 @@ impl Surroundings {
             if let Some(tunnels) = tunnels {
                 let tunnels = self.hear(tunnels).await;
                 // Nothing to be lost.
-                let _ = self.keep(phase, &tunnels, &plan::own_addresses(), Inside::Away).await;
+                let _ = self.keep(phase, &tunnels, &plan::own_addresses(), Inside::Away, &Ways::default()).await;
             }
             self.report_alone(phase).await;
             // The agent's own end is that of this task.
@@ -208,6 +217,7 @@ impl Surroundings {
         tunnels: &Tunnels,
         addresses: &[IpAddr],
         inside: Inside,
+        ways: &Ways,
     ) -> Result<(), Removed> {
         if phase != Phase::InCharge {
             return Ok(());
@@ -216,16 +226,26 @@ impl Surroundings {
             Inside::Away => (self.mtu(tunnels), false),
             Inside::Open { mtu, told } => (mtu, told),
         };
-        let name = &self.settings().interface;
-        let exists = nix::net::if_::if_nametoindex(name.as_str()).is_ok();
-        let device = exists.then(|| TunnelDevice { name: name.clone(), mtu });
+        let exists = |name: &str| nix::net::if_::if_nametoindex(name).is_ok();
+        let ways = match inside {
+            Inside::Away => self.ways.clone().unwrap_or_else(|| Ways::found(&self.settings().interface, exists)),
+            Inside::Open { .. } => ways.clone(),
+        };
+        let device = |name: &String| TunnelDevice { name: name.clone(), mtu };
+        let devices: Vec<TunnelDevice> = ways.interfaces.iter().filter(|name| exists(name.as_str())).map(device).collect();
+        let all_exist = devices.len() == ways.interfaces.len();
         // Where packets went in plain until now they go on so until the other nodes know whose they are.
         let is_new = self.was_known != Some(true) && self.routed.is_none() && !told;
-        if !is_new {
-            self.route(tunnels, device.as_ref()).await;
+        // Routes by the kernel's interfaces are as the agent before has left them, until this one knows better.
+        let is_found = inside == Inside::Away && ways.otherwise.is_none() && ways.of.is_empty();
+        if !is_new && !is_found {
+            self.route(tunnels, devices, &ways).await;
         }
-        self.filter(tunnels, addresses, mtu);
-        if exists || inside == Inside::Away { Ok(()) } else { Err(Removed) }
+        self.filter(tunnels, addresses, mtu, &ways);
+        if inside != Inside::Away {
+            self.ways = Some(ways);
+        }
+        if all_exist || inside == Inside::Away { Ok(()) } else { Err(Removed) }
     }
 
     /// Finds out how large packets may be on the way to these nodes, with which there is a session.
@@ -260,8 +280,9 @@ impl Surroundings {
     }
 
     /// Brings the kernel's routes in line.
-    async fn route(&mut self, tunnels: &Tunnels, device: Option<&TunnelDevice>) {
-        let inputs = plan::inputs(tunnels, device, |peer| self.paths.usable_mtu(peer));
+    async fn route(&mut self, tunnels: &Tunnels, devices: Vec<TunnelDevice>, ways: &Ways) {
+        let way = |peer: &str| ways.to(peer).filter(|way| devices.iter().any(|device| device.name == *way));
+        let inputs = plan::inputs(tunnels, &devices, way, |peer| self.paths.usable_mtu(peer));
         let due =
             self.routed.as_ref().is_none_or(|(last, at)| *last != inputs || at.elapsed() >= ROUTES_EVERY);
         let is_other = self.tried.as_ref() != Some(&inputs);
@@ -309,7 +330,7 @@ impl Surroundings {
     }
 
     /// Tells the programs around the tunnel what there is.
-    fn filter(&mut self, tunnels: &Tunnels, addresses: &[IpAddr], mtu: u16) {
+    fn filter(&mut self, tunnels: &Tunnels, addresses: &[IpAddr], mtu: u16, ways: &Ways) {
         let what = "what must not cross between nodes in clear text is not all dropped";
         if self.filter.is_none() {
             let now = self.since.elapsed();
@@ -324,7 +345,7 @@ impl Surroundings {
                 Err(error) => self.refusals.failed(Attempt::Load, format!("{what}: {error}"), now),
             }
         }
-        if let Err(error) = self.try_filter(tunnels, addresses, mtu) {
+        if let Err(error) = self.try_filter(tunnels, addresses, mtu, ways) {
             self.note(format!("{what}: {error}"));
         }
     }
@@ -334,13 +355,14 @@ impl Surroundings {
         tunnels: &Tunnels,
         addresses: &[IpAddr],
         mtu: u16,
+        ways: &Ways,
     ) -> Result<(), redirect_bpf::Error> {
         let settings = &self.agent.config.wireguard;
         let Some(filter) = &mut self.filter else { return Ok(()) };
         let uplinks = self.uplinks.iter().chain(&settings.uplinks).cloned().collect();
         let around = Around {
             tunnels,
-            interface: &settings.interface,
+            interfaces: &ways.interfaces,
             mtu,
             usable: &|peer| self.paths.usable_mtu(peer),
             uplinks: &uplinks,
@@ -409,6 +431,7 @@ impl Surroundings {
             paths: self.paths(),
             registration: "no process".to_owned(),
             findings,
+            why: self.agent.tunnel.why.lock().clone(),
             ..before
         });
     }

@@ -1,0 +1,281 @@
+//! The kernel's own WireGuard as what encrypts, in the place of a process.
+//!
+//! Keys are made here and handed to the kernel, whose interfaces hold them and the sessions from then on, whether there is an
+//! agent or not: an agent that takes the node over, or is started again, finds them there and goes on, and no packet notices.
+//! So the agent that retires just leaves; there is nothing to be handed over.
+//!
+//! When a tunnel of one kind takes the place of one of the other, both have keys that other nodes know, at different ones of
+//! the four UDP ports: those of the kernel's interfaces follow from the generation of their key ([`kernel::ports`]), so the
+//! first key that the kernel gets is of a generation whose ports are free. Packets move to the kernel's interfaces node by
+//! node, as sessions come about ([`super::ways`]).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use mesh_api::model::TunnelKey;
+use wireguard::device::kernel::{self, KernelDevice};
+use wireguard::device::{OwnKey, PrivateKey, Tunnel};
+
+use super::link::{Found, HeldKey, Link, LinkError};
+use super::session::{End, Session};
+use super::surroundings::Surroundings;
+use super::ways::Ways;
+use crate::agent::Agent;
+use crate::agent::process::Restarts;
+use crate::agent::takeover::Phase;
+use crate::config::WireguardSettings;
+use crate::ipc::proto::TunnelApply;
+use crate::tunnel::{TunnelDocument, from_wire};
+
+/// How often is looked for what cannot be yet.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// What the kernel's interfaces are to be like. Their MTU comes with the first configuration.
+pub(super) fn settings(settings: &WireguardSettings) -> kernel::Settings {
+    let keepalive = u16::try_from(settings.keepalive.as_secs()).unwrap_or(u16::MAX);
+    kernel::Settings {
+        interface: settings.interface.clone(),
+        port: settings.port,
+        keepalive: (keepalive > 0).then_some(keepalive),
+        ..kernel::Settings::default()
+    }
+}
+
+/// Calls what waits for the kernel, on a thread where that holds nobody up.
+pub(super) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
+    Ok(tokio::task::spawn_blocking(f).await?)
+}
+
+/// Keys that the kernel holds.
+///
+/// # Errors
+/// When it cannot be asked.
+pub(super) async fn held(settings: &kernel::Settings) -> anyhow::Result<Vec<kernel::HeldKey>> {
+    let exists = |name: &str| nix::net::if_::if_nametoindex(name).is_ok();
+    if Ways::of_kernels(&settings.interface, exists).is_empty() {
+        return Ok(Vec::new());
+    }
+    let settings = settings.clone();
+    Ok(blocking(move || kernel::held(&settings)).await??)
+}
+
+/// One of them, as the agent knows keys.
+pub(super) fn known(held: &kernel::HeldKey) -> HeldKey {
+    let public_key = *held.own.private.public().bytes();
+    HeldKey {
+        key: TunnelKey { generation: held.own.generation, public_key, ports: held.ports },
+        announced: !held.leaving,
+        age: held.age,
+    }
+}
+
+/// The kernel, as the agent knows it.
+pub(super) struct KernelLink {
+    settings: kernel::Settings,
+    keys: BTreeMap<u64, PrivateKey>,
+    /// Once the node is this agent's.
+    device: Option<Arc<KernelDevice>>,
+    interfaces: Vec<String>,
+    /// The interface to each node, and whether there is a session on it.
+    routes: BTreeMap<String, (String, bool)>,
+    pub(super) answered: bool,
+}
+
+fn refused(error: impl Into<anyhow::Error>) -> LinkError {
+    LinkError::Refused(error.into().context("the kernel's WireGuard"))
+}
+
+impl KernelLink {
+    fn new(settings: kernel::Settings, held: &[kernel::HeldKey]) -> Self {
+        let keys = held.iter().map(|held| (held.own.generation, held.own.private.clone())).collect();
+        Self { settings, keys, device: None, interfaces: Vec::new(), routes: BTreeMap::new(), answered: false }
+    }
+
+    /// Interfaces, and which of them leads to whom.
+    pub(super) fn routes(&self) -> (&[String], &BTreeMap<String, (String, bool)>) {
+        (&self.interfaces, &self.routes)
+    }
+
+    /// The first generation from `next` on whose ports nobody has; none while all are in use.
+    pub(super) fn generation(&self, next: u64, used: &[u16]) -> Option<u64> {
+        let is_free = |generation: &u64| !self.ports(*generation).iter().any(|port| used.contains(port));
+        [next, next + 1].into_iter().find(is_free)
+    }
+
+    pub(super) fn ports(&self, generation: u64) -> [u16; 2] {
+        kernel::ports(self.settings.port, generation)
+    }
+
+    /// Makes a key; its public half.
+    ///
+    /// # Errors
+    /// When there are no random numbers.
+    pub(super) fn new_key(&mut self, generation: u64) -> Result<[u8; 32], LinkError> {
+        let private = PrivateKey::generate().map_err(refused)?;
+        let public = *private.public().bytes();
+        self.keys.insert(generation, private);
+        Ok(public)
+    }
+
+    /// Begins to configure the kernel.
+    ///
+    /// # Errors
+    /// When it has no WireGuard.
+    pub(super) async fn open(&mut self, mtu: u32) -> Result<(), LinkError> {
+        let settings = kernel::Settings { mtu, ..self.settings.clone() };
+        let device = blocking(move || KernelDevice::new(settings)).await.map_err(LinkError::Lost)?;
+        self.device = Some(Arc::new(device.map_err(refused)?));
+        self.answered = true;
+        Ok(())
+    }
+
+    async fn ask<T: Send + 'static>(
+        &mut self,
+        f: impl FnOnce(&KernelDevice) -> T + Send + 'static,
+    ) -> Result<T, LinkError> {
+        let Some(device) = self.device.clone() else {
+            return Err(refused(anyhow::anyhow!("is not configured yet")));
+        };
+        let asked = blocking(move || (f(&device), device.status().interfaces, device.routes()));
+        let (answer, interfaces, routes) = asked.await.map_err(LinkError::Lost)?;
+        (self.interfaces, self.routes) = (interfaces, routes);
+        Ok(answer)
+    }
+
+    /// Has sessions agreed on with all nodes, and not only with those with which something is exchanged.
+    pub(super) fn set_eager(&self, eager: bool) {
+        if let Some(device) = &self.device {
+            device.set_eager(eager);
+        }
+    }
+
+    /// Puts a configuration in force; what was left out because it contradicts the rest.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) async fn apply(&mut self, apply: TunnelApply) -> Result<Vec<String>, LinkError> {
+        let own = apply.generations.iter().map(|generation| {
+            let private = self.keys.get(generation);
+            let private = private.ok_or_else(|| anyhow::anyhow!("there is no key of generation {generation}"))?;
+            Ok(OwnKey { generation: *generation, private: private.clone() })
+        });
+        let own = own.collect::<anyhow::Result<Vec<OwnKey>>>().map_err(refused)?;
+        let peers = from_wire(&apply.peers).map_err(|error| refused(anyhow::anyhow!(error)))?;
+        let applied = self.ask(move |device| {
+            device.set_mtu(apply.mtu);
+            device.apply(own, peers)
+        });
+        let conflicts = applied.await?.map_err(refused)?;
+        self.keys.retain(|generation, _| apply.generations.contains(generation));
+        self.answered = true;
+        Ok(conflicts.iter().map(ToString::to_string).collect())
+    }
+
+    /// How the tunnel is.
+    ///
+    /// # Errors
+    /// When there is none yet.
+    pub(super) async fn status(&mut self) -> Result<TunnelDocument, LinkError> {
+        let status = self.ask(|device| device.status()).await?;
+        Ok(TunnelDocument::from(status))
+    }
+}
+
+/// Keeps the tunnel, of which the kernel is what encrypts. Ends when it is another agent's.
+pub(super) async fn keep(agent: &Arc<Agent>, around: &mut Surroundings, mut restarts: Restarts) {
+    let settings = settings(&agent.config.wireguard);
+    loop {
+        let phase = agent.takeover.phase();
+        if phase == Phase::Retired {
+            agent.controller.reporter.forget_tunnel_keys();
+            tracing::info!("the tunnel stays in the kernel, where the next agent finds it");
+            return;
+        }
+        match ready(agent, &settings, phase).await {
+            Ok(Ready::Begin(held)) => {
+                restarts.started();
+                let (error, pause) = match begin(agent, around, &settings, &held, &restarts).await {
+                    End::Unneeded => continue,
+                    End::Lost(error) | End::Useless(error) => (format!("{error:#}"), restarts.pause()),
+                };
+                agent.tunnel.restarts.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(error, "the kernel's WireGuard cannot be configured; it goes on as it is");
+                around.without(format!("the kernel's WireGuard cannot be configured: {error}"));
+                around.meanwhile(tokio::time::sleep(pause.max(LOOK_EVERY))).await;
+            }
+            Ok(Ready::Wait) => {
+                // The tunnel of the agent that has the node is this one's then.
+                *agent.tunnel.missing.lock() = None;
+                tokio::select! {
+                    () = agent.takeover.decided() => {}
+                    () = tokio::time::sleep(LOOK_EVERY) => {}
+                }
+            }
+            Err(error) => {
+                around.lacks(format!("{error:#}"));
+                around.meanwhile(tokio::time::sleep(LOOK_EVERY)).await;
+            }
+        }
+    }
+}
+
+/// What there is to begin with.
+enum Ready {
+    /// These keys, if any.
+    Begin(Vec<kernel::HeldKey>),
+    /// What the agent has that has the node: it becomes this one's with the node, and nothing of it is to be touched before.
+    Wait,
+}
+
+async fn ready(agent: &Agent, settings: &kernel::Settings, phase: Phase) -> anyhow::Result<Ready> {
+    let held = held(settings).await?;
+    if held.is_empty() {
+        let settings = settings.clone();
+        return match blocking(move || kernel::missing(&settings)).await? {
+            Some(why) => anyhow::bail!(
+                "there is no tunnel: {why}. wireguard.mode is {}: load the module, or set it to auto or user",
+                agent.config.wireguard.mode.as_str()
+            ),
+            None => Ok(Ready::Begin(held)),
+        };
+    }
+    if phase == Phase::InCharge {
+        return Ok(Ready::Begin(held));
+    }
+    anyhow::ensure!(
+        held.iter().all(|held| !held.leaving),
+        "the kernel's interfaces of an agent before are still in use; they are gone soon"
+    );
+    Ok(Ready::Wait)
+}
+
+async fn begin(
+    agent: &Arc<Agent>,
+    around: &mut Surroundings,
+    settings: &kernel::Settings,
+    held: &[kernel::HeldKey],
+    life: &Restarts,
+) -> End {
+    let link = Link::Kernel(KernelLink::new(settings.clone(), held));
+    let keys = held.iter().map(known).collect();
+    let found = Found { pid: std::process::id(), opened: None, keys };
+    Session::start(agent, around, std::path::PathBuf::new(), link, found, (settings.port, Vec::new())).run(life).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_key_in_the_kernel_is_of_a_generation_whose_ports_are_free() {
+        let settings = kernel::Settings { port: 100, ..kernel::Settings::default() };
+        let link = KernelLink::new(settings, &[]);
+        assert_eq!(link.generation(6, &[]), Some(6));
+        assert_eq!(link.generation(6, &[101]), Some(7), "a process has one of 100 and 101");
+        assert_eq!(link.generation(7, &[101]), Some(7));
+        assert_eq!(link.generation(7, &[103]), Some(8));
+        assert_eq!(link.generation(7, &[100, 102]), None, "all are in use");
+    }
+}
