@@ -217,7 +217,11 @@ fn remove_filter(place: &str) -> Result<(), Error> {
     // A filter goes with its device.
     let Ok(device) = nix::net::if_::if_indextoname(index) else { return Ok(()) };
     let device = device.to_string_lossy().into_owned();
-    let link = attached(&device, kind).map_err(Error::sys(format!("find the filter of device {device}")))?;
+    let link = match attached(&device, kind) {
+        // It may go at any moment.
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
+        link => link.map_err(Error::sys(format!("find the filter of device {device}")))?,
+    };
     match aya::programs::Link::detach(link) {
         Err(ProgramError::NetlinkError(error)) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         other => other.map_err(Error::program(format!("remove the filter of device {device}"))),

@@ -3,14 +3,36 @@
 use std::io;
 
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Stats64};
+use rtnetlink::packet_route::link::{
+    AfSpecInet, AfSpecUnspec, InetDevConf, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Stats64,
+};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkWireguard, new_connection};
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Builder;
+
+/// Reverse path filtering that asks for a route back by any device (`rp_filter` of the kernel's ip-sysctl.rst).
+const LOOSE: i32 = 2;
 
 /// A connection to the kernel, in the network namespace of the thread that opened it.
 pub(super) struct Links {
     runtime: Runtime,
     handle: Handle,
+}
+
+/// A runtime of which nothing is waited for at its end: it may come on a thread of another one, which must not wait.
+struct Runtime(Option<tokio::runtime::Runtime>);
+
+impl Runtime {
+    fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.0.as_ref().expect("it is there until it is dropped").block_on(future)
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// An interface as it is.
@@ -26,7 +48,7 @@ pub(super) struct Link {
 
 impl Links {
     pub(super) fn open() -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_io().build()?;
+        let runtime = Runtime(Some(Builder::new_current_thread().enable_io().build()?));
         let handle = runtime.block_on(async {
             let (connection, handle, _) = new_connection()?;
             tokio::spawn(connection);
@@ -41,7 +63,14 @@ impl Links {
             return Ok(());
         }
         let made = self.handle.link().add(LinkWireguard::new(name).mtu(mtu).build());
-        self.runtime.block_on(made.execute()).map_err(error)
+        self.runtime.block_on(made.execute()).map_err(error)?;
+        let Some(link) = self.get(name)? else { return Err(io::Error::from_raw_os_error(libc::ENODEV)) };
+        // Strict reverse path filtering would drop what comes before packets are routed this way, too.
+        let mut manners = InetDevConf::default();
+        manners.rp_filter = LOOSE;
+        let manners = AfSpecUnspec::Inet(vec![AfSpecInet::DevConfRequest(manners)]);
+        let change = LinkUnspec::new_with_index(link.index);
+        self.change(change.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![manners])))
     }
 
     /// Sets an interface up that has everything else, with this MTU and this note.
