@@ -109,6 +109,10 @@ pub(crate) fn after_the_start_of_a_computer_nothing_goes_out_in_plain_while_the_
         stage.mesh.start_controller()?;
         let after = another_key(node, &before)?;
         ensure!(after["tunnel"]["port"] == PORTS.0 + PORTS.1 - 1, "{after:#}");
+        wait::until("the other node knows the key", LIMIT, || {
+            let exchange = datagrams::udp(&stage.stranger, addresses(&beyond)[0], PORT, 100, CANARY)?;
+            Ok((exchange.answered == exchange.sent).then_some(()))
+        })?;
         for (from, to) in [(&stage.stranger, &beyond), (&stage.client, &stage.far)] {
             for to in addresses(to) {
                 datagrams::udp(from, to, PORT, 100, CANARY)?.complete()?;
