@@ -4,6 +4,7 @@
 //! with it. The API server tells of one object after the other: its source calls [`Cluster::update`] with what changed. The
 //! streams and the certificate service read. No lock is held across anything that waits.
 
+mod held;
 mod nodes;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -106,6 +107,8 @@ pub struct Cluster {
     /// Held while resources of trust are made, so that an older deny list never replaces a newer one.
     told_trust: Mutex<ToldTrust>,
     key_store: RwLock<KeyStore>,
+    /// For how long nodes keep tunnels that are not known here.
+    hold: Mutex<held::Hold>,
     /// Where announcements are taken, if anywhere.
     announcements: OnceLock<mpsc::Sender<Announcement>>,
 }
@@ -145,6 +148,7 @@ impl Cluster {
             telling: Mutex::new(()),
             told_trust: Mutex::default(),
             key_store: RwLock::default(),
+            hold: Mutex::default(),
             announcements: OnceLock::new(),
         }
     }
@@ -320,6 +324,10 @@ impl Cluster {
             self.publish_denied();
         }
         self.store.update(&delta.upserts, &delta.removals, heard.filter(|_| !first));
+        if first {
+            self.key_store_became(self.key_store(), Instant::now());
+        }
+        self.hold_unknown_tunnels();
         self.loaded.store(true, Ordering::Release);
         self.store.publish();
     }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use mesh_api::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
@@ -249,7 +249,8 @@ async fn read_once(dir: &Path, cluster: &Arc<Cluster>) -> Result<()> {
     read.await.context("reading the manifests panicked")
 }
 
-/// Renews the endpoint's certificate at half of its life and forgets what has expired.
+/// Renews the endpoint's certificate at half of its life, forgets what has expired, and waits no longer for nodes that do
+/// not come.
 async fn maintain(
     config: Config,
     cluster: Arc<Cluster>,
@@ -272,7 +273,10 @@ async fn maintain(
                     ),
                 }
             }
-            _ = prune.tick() => cluster.prune(OffsetDateTime::now_utc()),
+            _ = prune.tick() => {
+                cluster.prune(OffsetDateTime::now_utc());
+                cluster.let_go_of_unknown_tunnels(Instant::now());
+            }
             () = stopping.cancelled() => return Ok(()),
         }
     }

@@ -426,6 +426,79 @@ async fn keys_of_tunnels_reach_all_nodes_through_both_replicas_and_outlive_them(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tunnel_goes_at_once_with_the_node_that_takes_it_back_or_is_removed_and_stays_with_one_that_is_not_ready()
+ {
+    let Some(api) = cluster().await else { return };
+    define(&api).await;
+    let nodes = [
+        ("node-a", "192.0.2.1", "10.244.1.0/24"),
+        ("node-b", "192.0.2.2", "10.244.2.0/24"),
+        ("node-c", "192.0.2.3", "10.244.3.0/24"),
+    ];
+    for (name, address, range) in nodes {
+        if name == "node-c" {
+            api.node(name).await;
+        }
+        place(&api, name, address, range).await;
+        host_agent(&api, name, address).await;
+    }
+    for (name, address) in [("one", "10.244.1.8"), ("two", "10.244.1.9")] {
+        api.pod_as(SYSTEM, name, "node-a", address, "default").await;
+    }
+    let (one, two) = (Replica::start(&api, "one"), Replica::start(&api, "two"));
+    one.ready().await;
+    two.ready().await;
+    let (a, b) = (agent(&api, &one, "node-a").await, agent(&api, &two, "node-b").await);
+    let c = agent(&api, &two, "node-c").await;
+    let (on_a, on_b, on_c) = (Stream::open(&a, None), Stream::open(&b, None), Stream::open(&c, None));
+    for (stream, byte) in [(&on_a, 1), (&on_b, 2), (&on_c, 3)] {
+        assert_eq!(stream.registered(vec![key(1, byte)]).await, Registration::Registered);
+    }
+    on_a.knows("all tunnels", |t| t.len() == 3).await;
+    for name in ["node-b", "node-c"] {
+        let written = || async { object(&mesh_nodes(&api), name).await.spec.tunnel_keys.len() == 1 };
+        eventually(written, || two.log()).await;
+    }
+
+    // A node that leaves the mesh says so with its last words, to one replica, and is gone.
+    on_b.reporter.register_tunnel_keys(Vec::new());
+    let mut registration = on_b.reporter.registration();
+    let taken = registration.wait_for(|r| *r == Registration::None);
+    tokio::time::timeout(PATIENCE, taken).await.expect("it was not taken").unwrap();
+    on_b.close();
+    let unwritten = || async { object(&mesh_nodes(&api), "node-b").await.spec.tunnel_keys.is_empty() };
+    eventually(unwritten, || two.log()).await;
+    on_a.knows("node-b to have no tunnel", |t| !t.contains_key("node-b") && t.len() == 2).await;
+
+    // One that is not ready is still there; what is told after that has been heard, so that was, too.
+    on_c.close();
+    let kube_nodes: Api<KubeNode> = Api::all(api.client.clone());
+    let unready = json!({ "status": { "conditions": [{ "type": "Ready", "status": "Unknown" }] } });
+    kube_nodes.patch_status("node-c", &PatchParams::default(), &Patch::Merge(unready)).await.unwrap();
+    shows(&api, "node-c", "Ready", ("False", "AgentNotReady"), &two).await;
+    place(&api, "node-a", "192.0.2.4", "10.244.1.0/24").await;
+    let moved = ["192.0.2.4".parse::<std::net::IpAddr>().unwrap()];
+    on_a.knows("node-a's other address", |t| t.get("node-a").is_some_and(|t| t.addresses == moved)).await;
+    assert!(on_a.tunnels.lock().contains_key("node-c"), "it is only not ready");
+
+    // Somebody removes what is written of it: it is written again, and nobody hears of that.
+    mesh_nodes(&api).delete("node-c", &DeleteParams::default()).await.unwrap();
+    let again = || async {
+        let found = mesh_nodes(&api).get_opt("node-c").await.unwrap();
+        found.is_some_and(|found| found.spec.tunnel_keys.len() == 1)
+    };
+    eventually(again, || format!("{}\n{}", one.log(), two.log())).await;
+    assert!(on_a.tunnels.lock().contains_key("node-c"), "its object was removed, and not the node");
+
+    kube_nodes.delete("node-c", &DeleteParams::default()).await.unwrap();
+    on_a.knows("node-c to be gone", |t| t.len() == 1).await;
+    let gone = || async { mesh_nodes(&api).get_opt("node-c").await.unwrap().is_none() };
+    eventually(gone, || format!("the object of a node that is gone stays\n{}", one.log())).await;
+    one.stop();
+    two.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_moves_to_the_other_replica_is_never_told_of_as_lost_for_long() {
     let Some(api) = cluster().await else { return };
     define(&api).await;

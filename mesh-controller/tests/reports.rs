@@ -3,14 +3,17 @@
 
 mod harness;
 
-use harness::{Mesh, PATIENCE, eventually};
-use mesh_api::client::{Registration, Reporter};
+use std::time::{Duration, Instant};
+
+use harness::{Mesh, Node, PATIENCE, eventually};
+use mesh_api::client::{DeltaClient, KnownVersion, Registration, Reporter};
 use mesh_api::codec::tunnel_keys_to_wire;
 use mesh_api::model::{NODE_TUNNEL_TYPE, Resource, TunnelKey, WORKLOAD_TYPE};
 use mesh_api::proto::discovery::DeltaDiscoveryRequest;
 use mesh_api::proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use mesh_api::proto::mesh as pb;
 use mesh_api::proto::mesh::node_report_service_client::NodeReportServiceClient;
+use mesh_controller::cluster::KeyStore;
 use tonic::Code;
 
 const NODES: &str = "
@@ -129,6 +132,112 @@ async fn without_an_api_server_keys_are_kept_in_memory_and_go_with_the_node() {
     reporter.register_tunnel_keys(Vec::new());
     assert_eq!(ends(&reporter).await, Registration::None);
     follow("no tunnel to be left", &[]).await;
+}
+
+/// Takes what is told of tunnels until `holds` of the update; gives that one's upserts (with versions) and removals.
+async fn of_tunnels(
+    client: &mut DeltaClient,
+    what: &str,
+    holds: impl Fn(&[KnownVersion], &[String]) -> bool,
+) -> (Vec<KnownVersion>, Vec<String>) {
+    let all = async {
+        loop {
+            let update = client.next().await.unwrap();
+            let told = update.upserts.into_iter().map(|upsert| KnownVersion {
+                type_url: NODE_TUNNEL_TYPE,
+                name: upsert.name,
+                version: upsert.version,
+            });
+            let told: Vec<KnownVersion> = told.collect();
+            update.answer.accept();
+            if update.type_url == NODE_TUNNEL_TYPE && holds(&told, &update.removals) {
+                return (told, update.removals);
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, all).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+}
+
+/// Two nodes with a tunnel each, and what node-a knows of them.
+async fn two_tunnels(mesh: &Mesh) -> (Node, Node, Vec<KnownVersion>) {
+    let (a, b) = (mesh.node("node-a").await, mesh.node("node-b").await);
+    let (mut on_a, on_b) = (a.stream(Vec::new()), b.stream(Vec::new()));
+    on_b.reporter().register_tunnel_keys(vec![key(7, 7)]);
+    assert_eq!(ends(&on_b.reporter()).await, Registration::Registered);
+    let (known, _) = of_tunnels(&mut on_a, "node-b's tunnel", |told, _| !told.is_empty()).await;
+    assert_eq!(known.iter().map(|known| known.name.as_str()).collect::<Vec<_>>(), ["node-b"]);
+    (a, b, known)
+}
+
+#[tokio::test]
+async fn a_controller_that_was_started_anew_takes_no_tunnel_from_anybody_before_nodes_had_time_to_register() {
+    let mut mesh = Mesh::start(&[("nodes.yaml", NODES)]).await;
+    let (a, b, mut known) = two_tunnels(&mesh).await;
+    mesh.stop().await;
+    mesh.run().await;
+
+    // Nobody has registered yet; a node that does not exist has no tunnel in any case.
+    known.push(KnownVersion { name: "node-x".to_owned(), ..known[0].clone() });
+    let mut on_a = a.stream(known.clone());
+    let (told, removed) = of_tunnels(&mut on_a, "the first answer", |_, _| true).await;
+    assert_eq!((told.len(), removed.as_slice()), (0, &["node-x".to_owned()][..]));
+
+    // One comes back with a key of its own, and goes for good.
+    let on_b = b.stream(Vec::new());
+    on_b.reporter().register_tunnel_keys(vec![key(8, 8)]);
+    assert_eq!(ends(&on_b.reporter()).await, Registration::Registered);
+    let (told, removed) = of_tunnels(&mut on_a, "the new key", |told, _| !told.is_empty()).await;
+    assert_eq!((told[0].name.as_str(), removed.len()), ("node-b", 0));
+    on_b.reporter().register_tunnel_keys(Vec::new());
+    let (_, removed) = of_tunnels(&mut on_a, "its end", |_, removed| !removed.is_empty()).await;
+    assert_eq!(removed, ["node-b"]);
+    // It said so itself: who comes later hears of that at once.
+    let (_, removed) = of_tunnels(&mut a.stream(known), "the first answer", |_, _| true).await;
+    assert!(removed.contains(&"node-b".to_owned()), "{removed:?}");
+}
+
+#[tokio::test]
+async fn a_tunnel_whose_node_does_not_register_in_time_is_gone() {
+    let mut mesh = Mesh::start(&[("nodes.yaml", NODES)]).await;
+    let (a, _, known) = two_tunnels(&mesh).await;
+    mesh.stop().await;
+    mesh.run().await;
+    let mut on_a = a.stream(known);
+    let (_, removed) = of_tunnels(&mut on_a, "the first answer", |_, _| true).await;
+    assert!(removed.is_empty(), "{removed:?}");
+    let cluster = mesh.controller().cluster.clone();
+    cluster.let_go_of_unknown_tunnels(Instant::now() + Duration::from_secs(59));
+    assert_eq!(cluster.store.since(NODE_TUNNEL_TYPE, 0, 0, 10).unwrap().names.len(), 0);
+    cluster.let_go_of_unknown_tunnels(Instant::now() + Duration::from_secs(61));
+    let (_, removed) = of_tunnels(&mut on_a, "its end", |_, removed| !removed.is_empty()).await;
+    assert_eq!(removed.iter().filter(|name| *name == "node-b").count(), 1);
+}
+
+#[tokio::test]
+async fn a_controller_that_cannot_read_keys_leaves_tunnels_alone_for_as_long_as_that_lasts() {
+    let mut mesh = Mesh::start(&[("nodes.yaml", NODES)]).await;
+    let (a, b, known) = two_tunnels(&mesh).await;
+    mesh.stop().await;
+    mesh.run().await;
+    let cluster = mesh.controller().cluster.clone();
+    cluster.keep_keys_in(KeyStore::Absent);
+    cluster.let_go_of_unknown_tunnels(Instant::now() + Duration::from_secs(86_400));
+    let mut on_a = a.stream(known);
+    let (told, removed) = of_tunnels(&mut on_a, "the first answer", |_, _| true).await;
+    assert_eq!((told.len(), removed.len()), (0, 0));
+    let on_b = b.stream(Vec::new());
+    on_b.reporter().register_tunnel_keys(vec![key(7, 7)]);
+    assert!(matches!(ends(&on_b.reporter()).await, Registration::Refused(_)));
+
+    // Once they can be kept nodes have their time.
+    cluster.keep_keys_in(KeyStore::Objects);
+    cluster.let_go_of_unknown_tunnels(Instant::now() + Duration::from_secs(59));
+    assert_eq!(cluster.store.since(NODE_TUNNEL_TYPE, 0, 0, 10).unwrap().names.len(), 0);
+    // A node that is removed meanwhile is gone at once.
+    let only_a: String = NODES.split("---").next().unwrap().to_owned();
+    mesh.write("nodes.yaml", &only_a);
+    let (_, removed) = of_tunnels(&mut on_a, "its end", |_, removed| !removed.is_empty()).await;
+    assert_eq!(removed, ["node-b"]);
 }
 
 #[tokio::test]

@@ -57,8 +57,11 @@ pub enum KeysRefused {
 
 impl Cluster {
     /// Says where keys are kept. What nodes had to wait for, they are told now.
-    pub(crate) fn keep_keys_in(&self, store: KeyStore) {
+    pub fn keep_keys_in(&self, store: KeyStore) {
         let before = std::mem::replace(&mut *self.key_store.write(), store);
+        if self.loaded() {
+            self.key_store_became(store, Instant::now());
+        }
         if before == KeyStore::Unread && store != KeyStore::Unread {
             self.update(Vec::new(), Instant::now());
         }

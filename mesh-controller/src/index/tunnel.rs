@@ -266,6 +266,11 @@ impl Index {
         self.tunnels.keys.get(node).map(Vec::as_slice)
     }
 
+    /// Nodes of whose tunnel nothing is told.
+    pub fn nodes_without_tunnel(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.nodes.keys().filter(|name| !self.tunnels.compiled.contains_key(*name))
+    }
+
     /// Nodes with registered keys.
     pub fn nodes_with_tunnel_keys(&self) -> impl Iterator<Item = &Arc<str>> {
         self.tunnels.keys.keys()

@@ -47,7 +47,9 @@ impl Claim<'_> {
             let went = said.elsewhere && other && self.named_lives && self.named_has;
             return if went { Duty::None } else { Duty::Has };
         }
-        let left_lately = self.said.and_then(|s| s.left).is_some_and(|left| left.elapsed() < STREAM_GRACE);
+        // Who took its tunnel back first does not come back soon, and other replicas are to hear of it.
+        let comes_back = self.said.filter(|said| !said.took_back());
+        let left_lately = comes_back.and_then(|s| s.left).is_some_and(|left| left.elapsed() < STREAM_GRACE);
         match self.named {
             _ if left_lately => Duty::None,
             Some(Some(named)) if named == self.replica => {
@@ -109,6 +111,9 @@ mod tests {
         assert_eq!(claim(Some(&lately), Some(Some("one"))).duty(), Duty::None);
         assert_eq!(claim(Some(&long_ago), Some(Some("one"))).duty(), Duty::Lost);
         assert_eq!(claim(Some(&long_ago), Some(Some("two"))).duty(), Duty::None);
+        let for_good = NodeStatus { tunnel_keys: Some(Vec::new()), ..lately.clone() };
+        assert_eq!(claim(Some(&for_good), Some(Some("one"))).duty(), Duty::Lost, "its tunnel is gone");
+        assert_eq!(claim(Some(&for_good), Some(Some("two"))).duty(), Duty::None);
         let anew = || claim(None, Some(Some("one")));
         assert_eq!(anew().duty(), Duty::None, "it was started anew, and its nodes may come back");
         assert_eq!(Claim { settled: true, ..anew() }.duty(), Duty::Lost, "they did not");

@@ -186,8 +186,15 @@ impl Writer {
             self.began.get_or_insert_with(Instant::now);
             let said = self.keeper.cluster.nodes.snapshot();
             self.announce_rejections(&said);
-            if !self.objects.lock().known {
-                continue;
+            let lost = {
+                let mut objects = self.objects.lock();
+                if !objects.known {
+                    continue;
+                }
+                objects.lost(Instant::now())
+            };
+            if !lost.is_empty() {
+                self.keeper.cluster.read_tunnel_keys(lost.into_iter().map(|name| (name, None)).collect());
             }
             let due = self.due(&said);
             let waiting = i64::try_from(due.len()).unwrap_or(i64::MAX);
@@ -254,8 +261,10 @@ impl Writer {
             };
             let before = object.and_then(|o| o.status.as_ref());
             let wanted = status(&known, before, now);
-            let keys = said.get(name).and_then(|s| s.tunnel_keys.as_deref());
-            let put = put(node, object, keys);
+            let registered = said.get(name).and_then(|s| s.tunnel_keys.as_deref());
+            // An object that somebody removed gets back what it had.
+            let kept = || index.tunnel_keys(name).filter(|_| object.is_none());
+            let put = put(node, object, registered.or_else(kept));
             let last = self.written.get(name);
             let mut how = news(before, &wanted);
             // An object that does not become what was written: its definition is older than this program.
@@ -378,8 +387,20 @@ impl Writer {
                     if let Some(onto) = &onto {
                         object["metadata"]["resourceVersion"] = json!(onto);
                     }
-                    let patch = Patch::Apply(&object);
-                    let made = self.api.patch(&name, &apply, &patch);
+                    // What an applied object no longer has is removed, the spec with the last thing in it, and an object
+                    // without is refused: so that the last keys go they are overwritten.
+                    let there =
+                        self.objects.lock().by_name.get(&name).map(|o| !o.spec.tunnel_keys.is_empty());
+                    let takes_back = there == Some(true) && object["spec"] == json!({});
+                    let merge =
+                        PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+                    let (parameters, patch) = if takes_back {
+                        object["spec"] = json!({ "tunnelKeys": [] });
+                        (&merge, Patch::Merge(&object))
+                    } else {
+                        (&apply, Patch::Apply(&object))
+                    };
+                    let made = self.api.patch(&name, parameters, &patch);
                     let made = calls::within(TIMEOUT, "meshnodes", &metrics, made).await?;
                     onto.clone_from(&made.metadata.resource_version);
                     if let Some(status) = &mut status {

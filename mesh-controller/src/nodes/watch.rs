@@ -27,6 +27,9 @@ const REFUSAL_PAUSE: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// How long nodes wait for objects that cannot be read.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// How long keys outlive their object: whoever has the node's stream writes it again within a turn or two, and of a node that
+/// has none the leader does, who may have to be one for a while first.
+const GONE_GRACE: Duration = Duration::from_secs(30);
 /// Objects per page of a list.
 const PAGE: u32 = 500;
 
@@ -68,6 +71,24 @@ pub(super) struct Objects {
     pub(super) by_name: BTreeMap<String, Object>,
     /// Whether they were listed, and the kind is there.
     pub(super) known: bool,
+    /// Objects that went, and when. Their keys stay in force a little longer: objects also go when somebody removes the kind,
+    /// or them, and then they are written again.
+    gone: BTreeMap<String, Instant>,
+}
+
+impl Objects {
+    /// Those that went and were not written again in time.
+    pub(super) fn lost(&mut self, now: Instant) -> Vec<String> {
+        let mut lost = Vec::new();
+        self.gone.retain(|name, since| {
+            let keeps = now.saturating_duration_since(*since) < GONE_GRACE;
+            if !keeps {
+                lost.push(name.clone());
+            }
+            keeps
+        });
+        lost
+    }
 }
 
 /// The kind, for objects that are read leniently.
@@ -124,7 +145,9 @@ impl Watch {
                 failures += 1;
                 tracing::warn!(%error, "cannot follow MeshNodes; trying again, the last state stays in force");
                 if self.cluster.key_store() == KeyStore::Unread && began.elapsed() > PATIENCE {
-                    tracing::error!("MeshNodes cannot be read; nodes are served without knowing of tunnels");
+                    tracing::error!(
+                        "MeshNodes cannot be read; nodes keep the tunnels that they have, and hear of no others"
+                    );
                     self.cluster.keep_keys_in(KeyStore::Absent);
                 }
                 tokio::time::sleep(backoff.wait(failures)).await;
@@ -139,6 +162,7 @@ impl Watch {
             let mut objects = self.objects.lock();
             objects.known = false;
             objects.by_name.clear();
+            objects.gone.clear();
         }
         if self.cluster.key_store() == KeyStore::Absent {
             return;
@@ -146,13 +170,13 @@ impl Watch {
         if forbidden {
             tracing::warn!(
                 "this controller may not read MeshNodes: its ClusterRole is that of an older chart. There is no status of \
-                 nodes, and nodes cannot share tunnel keys; upgrade the chart sockmesh"
+                 nodes, and nodes cannot share tunnel keys (they keep the tunnels that they have); upgrade the chart sockmesh"
             );
         } else {
             tracing::warn!(
                 definition = CRD_NAME,
                 "the cluster does not know the kind MeshNode: the mesh works, but there is no status of nodes, and nodes \
-                 cannot share tunnel keys. To install it: helm upgrade --install sockmesh-crds charts/sockmesh-crds"
+                 cannot share tunnel keys (they keep the tunnels that they have). To install it: helm upgrade --install sockmesh-crds charts/sockmesh-crds"
             );
         }
         self.cluster.keep_keys_in(KeyStore::Absent);
@@ -206,12 +230,23 @@ impl Watch {
         let keys = serde_json::from_value::<MeshNodeSpec>(spec).ok().and_then(|spec| spec.keys());
         let read = Object::read(object);
         let now = read.holder().map(str::to_owned);
-        let before = self.objects.lock().by_name.insert(name.clone(), read);
+        let before = {
+            let mut objects = self.objects.lock();
+            objects.gone.remove(&name);
+            objects.by_name.insert(name.clone(), read)
+        };
         // What is listed for the first time may be older than any stream.
         if let Some(before) = before
             && before.holder() != now.as_deref()
         {
-            self.cluster.nodes.is_elsewhere(&name, now.is_some_and(|now| now != self.replica));
+            let elsewhere = now.is_some_and(|now| now != self.replica);
+            self.cluster.nodes.is_elsewhere(&name, elsewhere);
+            if elsewhere {
+                self.cluster.nodes.settled(&name);
+            }
+        }
+        if keys.as_ref().is_some_and(Vec::is_empty) {
+            self.cluster.nodes.settled(&name);
         }
         match keys {
             Some(keys) => self.cluster.read_tunnel_keys(vec![(name, Some(keys))]),
@@ -223,12 +258,11 @@ impl Watch {
     }
 
     fn gone(&self, names: impl IntoIterator<Item = String>) {
-        let names: Vec<String> = names.into_iter().collect();
-        {
-            let mut objects = self.objects.lock();
-            names.iter().for_each(|name| drop(objects.by_name.remove(name)));
+        let (mut objects, now) = (self.objects.lock(), Instant::now());
+        for name in names {
+            objects.by_name.remove(&name);
+            objects.gone.insert(name, now);
         }
-        self.cluster.read_tunnel_keys(names.into_iter().map(|name| (name, None)).collect());
     }
 }
 

@@ -70,7 +70,8 @@ pub struct NodeStatus {
     pub left: Option<Instant>,
     /// How its pods are, if it said so since it has a stream.
     pub report: Option<Report>,
-    /// Keys of its tunnel, if it registered them since it has a stream.
+    /// Keys of its tunnel, if it registered them since it has a stream. That it has none outlives its stream, until that is
+    /// written down: a node that leaves the mesh says so and goes.
     #[serde(skip)]
     pub tunnel_keys: Option<Vec<TunnelKey>>,
     /// Another replica has said since the last stream was opened here that it has the node: this one is dead, and nobody
@@ -80,6 +81,14 @@ pub struct NodeStatus {
     pub agent_version: String,
     /// By type URL.
     pub types: BTreeMap<String, TypeStatus>,
+}
+
+impl NodeStatus {
+    /// Whether the node said that it has no tunnel, and nobody else has said otherwise since.
+    #[must_use]
+    pub fn took_back(&self) -> bool {
+        !self.elsewhere && self.tunnel_keys.as_ref().is_some_and(Vec::is_empty)
+    }
 }
 
 /// All nodes that ever opened a stream in this run. Only authenticated nodes get here, so it stays as small as the
@@ -104,7 +113,8 @@ impl Nodes {
             n.streams = n.streams.saturating_sub(1);
             if n.streams == 0 {
                 n.left = Some(Instant::now());
-                (n.report, n.tunnel_keys, n.elsewhere) = (None, None, false);
+                (n.report, n.elsewhere) = (None, false);
+                n.tunnel_keys.take_if(|keys| !keys.is_empty());
             }
         });
     }
@@ -124,6 +134,19 @@ impl Nodes {
     #[must_use]
     pub fn has_registered(&self, node: &str) -> bool {
         self.0.lock().get(node).is_some_and(|n| n.tunnel_keys.is_some() && !n.elsewhere)
+    }
+
+    /// Whether the node said last that it has no tunnel.
+    #[must_use]
+    pub fn took_back(&self, node: &str) -> bool {
+        self.0.lock().get(node).is_some_and(NodeStatus::took_back)
+    }
+
+    /// That a node without a stream has no tunnel is known everywhere, or no longer true.
+    pub(crate) fn settled(&self, node: &str) {
+        if let Some(n) = self.0.lock().get_mut(node).filter(|n| n.streams == 0) {
+            n.tunnel_keys = None;
+        }
     }
 
     /// Whether the node has a stream here.
@@ -206,5 +229,23 @@ mod tests {
         assert!(nodes.has_registered("n1"), "the dead stream ended, the other one lives");
         nodes.closed("n1");
         assert!(!nodes.has_registered("n1"));
+    }
+
+    #[test]
+    fn that_a_node_has_no_tunnel_any_more_outlives_its_stream_until_it_is_written_down() {
+        let nodes = Nodes::default();
+        nodes.opened("n1");
+        nodes.registered_keys("n1", Vec::new());
+        nodes.closed("n1");
+        assert!(nodes.has_registered("n1") && nodes.took_back("n1"), "its object still has keys");
+        nodes.settled("n1");
+        assert!(!nodes.has_registered("n1") && !nodes.took_back("n1"));
+        // One that comes back says it again.
+        nodes.opened("n1");
+        nodes.registered_keys("n1", Vec::new());
+        nodes.settled("n1");
+        assert!(nodes.took_back("n1"));
+        nodes.registered_keys("n1", vec![key(2)]);
+        assert!(!nodes.took_back("n1"));
     }
 }

@@ -4,15 +4,18 @@
 //! the names that changed since, so that a stream costs the same whether there are ten resources or a hundred thousand.
 //! Removed names are remembered for streams that are behind; the oldest are forgotten beyond [`MAX_TOMBSTONES`], and a
 //! stream that is further behind than that has to begin again.
+//!
+//! That a resource is not here says that there is none, and who knows one is told that it is gone; but for names that are
+//! held ([`Store::hold`]), of which nothing is known yet.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
 use mesh_api::codec::{RESOURCE_TYPES, content_version};
 use mesh_api::model::Resource;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 /// Removed names that are remembered per type.
@@ -49,6 +52,10 @@ struct OfType {
     heard: BTreeMap<u64, Instant>,
     /// Bytes of all resources.
     bytes: usize,
+    /// Names of which is not known whether there is such a resource.
+    held: BTreeSet<Arc<str>>,
+    /// Those of them that somebody who asked knows.
+    withheld: Mutex<BTreeSet<Arc<str>>>,
 }
 
 impl OfType {
@@ -61,6 +68,16 @@ impl OfType {
             self.changes.remove(&seq);
             self.tombstones.remove(&seq);
         }
+    }
+
+    /// Notes that there is no resource of this name since change number `seq`.
+    fn bury(&mut self, name: Arc<str>, seq: u64) {
+        self.supersede(&name);
+        self.resources.remove(&name);
+        self.changes.insert(seq, name.clone());
+        self.tombstones.insert(seq, name.clone());
+        self.tombstone_of.insert(name, seq);
+        self.forget_old_tombstones();
     }
 
     fn forget_old_tombstones(&mut self) {
@@ -143,12 +160,7 @@ impl Store {
                 continue;
             }
             *seq += 1;
-            of_type.supersede(&name);
-            of_type.resources.remove(&name);
-            of_type.changes.insert(*seq, name.clone());
-            of_type.tombstones.insert(*seq, name.clone());
-            of_type.tombstone_of.insert(name, *seq);
-            of_type.forget_old_tombstones();
+            of_type.bury(name, *seq);
         }
         if let Some(heard) = heard {
             for of_type in types.values_mut() {
@@ -171,6 +183,30 @@ impl Store {
     pub fn publish(&self) {
         let seq = self.inner.read().seq;
         self.version.send_if_modified(|v| v.replace(seq) != Some(seq));
+    }
+
+    /// Makes these all the names of a type of which nothing is known: a node that has such a resource keeps it. Of names that
+    /// were held before and still have no resource, nodes are told that there is none, if one of them has asked with it.
+    pub fn hold(&self, type_url: &'static str, names: BTreeSet<Arc<str>>) {
+        let mut inner = self.inner.write();
+        let Inner { seq, types } = &mut *inner;
+        let of_type = types.entry(type_url).or_default();
+        if of_type.held == names {
+            return;
+        }
+        of_type.held = names;
+        let of_interest = std::mem::take(of_type.withheld.get_mut());
+        for name in of_interest {
+            if of_type.held.contains(&name) {
+                of_type.withheld.get_mut().insert(name);
+            } else if !of_type.resources.contains_key(&name) {
+                *seq += 1;
+                of_type.bury(name, *seq);
+            }
+        }
+        let seq = *seq;
+        drop(inner);
+        self.version.send_if_modified(|v| v.is_some() && v.replace(seq) != Some(seq));
     }
 
     /// Number of the last change, to wait on; `None` until [`Self::publish`].
@@ -205,8 +241,13 @@ impl Store {
         let mut send: Vec<Arc<str>> =
             of_type.resources.iter().filter(|(n, e)| !same(n, e)).map(|(n, _)| n.clone()).collect();
         send.sort_unstable();
-        let gone = known.keys().filter(|n| !of_type.resources.contains_key(n.as_str()));
-        let mut remove: Vec<Arc<str>> = gone.map(|n| n.as_str().into()).collect();
+        let unknown = known.keys().filter(|n| !of_type.resources.contains_key(n.as_str()));
+        let (held, gone): (Vec<&String>, Vec<&String>) =
+            unknown.partition(|n| of_type.held.contains(n.as_str()));
+        if !held.is_empty() {
+            of_type.withheld.lock().extend(held.into_iter().map(|n| Arc::from(n.as_str())));
+        }
+        let mut remove: Vec<Arc<str>> = gone.into_iter().map(|n| n.as_str().into()).collect();
         remove.sort_unstable();
         (send, remove, inner.seq)
     }
@@ -359,6 +400,26 @@ mod tests {
         ]);
         let (send, remove, _) = store.difference(WORKLOAD_TYPE, &known);
         assert_eq!((names(&send), names(&remove)), (vec!["changed", "fresh"], vec!["gone"]));
+    }
+
+    #[test]
+    fn what_is_held_is_not_told_as_gone_before_it_is_let_go_of() {
+        let store = Store::default();
+        let known = ["a", "b", "c"].map(|name| (name.to_owned(), "old".to_owned()));
+        let known = HashMap::from(known);
+        store.hold(WORKLOAD_TYPE, ["a".into(), "b".into(), "nobody's".into()].into());
+        let (send, remove, cursor) = store.difference(WORKLOAD_TYPE, &known);
+        assert_eq!((names(&send), names(&remove)), (vec![], vec!["c"]));
+        assert_eq!(all_since(&store, cursor).unwrap().names.len(), 0);
+        // Of one there is word.
+        store.update(&[workload("a", "1")], &[], None);
+        store.hold(WORKLOAD_TYPE, ["b".into()].into());
+        assert_eq!(names(&all_since(&store, cursor).unwrap().names), ["a"]);
+        // Of the other one nobody ever hears. There are names of which no node has anything, and they stay unsaid.
+        store.hold(WORKLOAD_TYPE, BTreeSet::new());
+        assert_eq!(names(&all_since(&store, cursor).unwrap().names), ["a", "b"]);
+        assert!(store.get(WORKLOAD_TYPE, "b").is_none());
+        assert_eq!(names(&store.difference(WORKLOAD_TYPE, &known).1), ["b", "c"]);
     }
 
     #[test]
