@@ -5,6 +5,7 @@
 //! nothing, and keys stay [`Registration::Pending`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -45,6 +46,8 @@ struct Told {
     report: watch::Sender<Option<NodeReport>>,
     keys: watch::Sender<Option<Vec<TunnelKey>>>,
     registration: watch::Sender<Registration>,
+    /// The node leaves the mesh; it registers no key any more.
+    leaves: AtomicBool,
 }
 
 /// Where a node's parts put what the controller shall know; clones are the same one.
@@ -57,6 +60,7 @@ impl Default for Reporter {
             report: watch::Sender::default(),
             keys: watch::Sender::default(),
             registration: watch::Sender::default(),
+            leaves: AtomicBool::new(false),
         }))
     }
 }
@@ -76,6 +80,7 @@ impl Reporter {
     /// list takes the tunnel back. They are registered anew whenever the node comes to another replica of the controller.
     /// [`Self::registration`] tells how it went.
     pub fn register_tunnel_keys(&self, keys: Vec<TunnelKey>) {
+        let keys = if self.leaves() { Vec::new() } else { keys };
         let changed = self.0.keys.send_if_modified(|last| {
             let changed = last.as_ref() != Some(&keys);
             *last = Some(keys);
@@ -86,8 +91,21 @@ impl Reporter {
         }
     }
 
+    /// Takes the tunnel back for good: whatever is registered from now on, the node has none.
+    pub fn take_tunnel_back(&self) {
+        self.0.leaves.store(true, Ordering::Release);
+        self.register_tunnel_keys(Vec::new());
+    }
+
+    fn leaves(&self) -> bool {
+        self.0.leaves.load(Ordering::Acquire)
+    }
+
     /// Tells no keys any more; the controller keeps those that it has.
     pub fn forget_tunnel_keys(&self) {
+        if self.leaves() {
+            return;
+        }
         self.0.keys.send_if_modified(|last| last.take().is_some());
     }
 
@@ -223,4 +241,21 @@ fn is_refusal(code: Code) -> bool {
         code,
         Code::AlreadyExists | Code::FailedPrecondition | Code::InvalidArgument | Code::PermissionDenied
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_that_leaves_has_no_tunnel_whatever_its_parts_go_on_saying() {
+        let reporter = Reporter::default();
+        let key = TunnelKey { generation: 1, public_key: [1; 32], ports: [1, 1] };
+        reporter.register_tunnel_keys(vec![key]);
+        assert_eq!(reporter.0.keys.borrow().as_deref(), Some(&[key][..]));
+        reporter.take_tunnel_back();
+        reporter.register_tunnel_keys(vec![key]);
+        reporter.forget_tunnel_keys();
+        assert_eq!(reporter.0.keys.borrow().as_deref(), Some(&[][..]));
+    }
 }

@@ -18,7 +18,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::takeover::{self, Offer, Phase, Retired, Successor};
-use super::{AbortOnDrop, Agent, StatusDocument, cni, pods};
+use super::{AbortOnDrop, Agent, StatusDocument, cni, pods, tunnel};
 use crate::config::NodeSettings;
 
 /// Longest request line in bytes.
@@ -71,6 +71,8 @@ pub enum Request {
     Status,
     /// Change the keys of the node's tunnel.
     RotateTunnel,
+    /// The mesh leaves the node: have the other nodes send nothing into its tunnel any more.
+    LeaveTunnel,
     /// Another agent has started and wants the node; after the answer both speak frames.
     TakeOver(Successor),
     /// End worker, keyd and agent. Capture stays: fail-closed pods are refused.
@@ -350,6 +352,7 @@ async fn answer(agent: &Arc<Agent>, request: Request) -> Option<Reply> {
         Request::CniCheck { uid } => cni::check(agent, &uid),
         Request::Status => return Some(Reply::Status(Box::new(super::status::collect(agent)))),
         Request::RotateTunnel => agent.tunnel.rotate(),
+        Request::LeaveTunnel => tunnel::leave(agent).await,
         Request::TakeOver(_) => Err(anyhow::anyhow!("a successor begins its own conversation")),
         Request::Stop => {
             agent.front.stop.notify_one();

@@ -22,11 +22,27 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 /// A process that lives answers a hello at once.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
+const STAY_UNTOLD: &str = "other nodes that stay in the mesh go on sending into this node's tunnel until the controller has missed \
+     its agent for ten minutes";
+
+/// What becomes of the node after its agents have ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum After {
+    /// Another one starts.
+    Another,
+    /// It is not in the mesh any more.
+    Nothing,
+}
+
 /// Ends agents and all processes below them, with or without an agent. Capture stays: fail-closed pods are refused.
 ///
 /// # Errors
 /// When a process does not end.
 pub async fn stop(run_dir: &Path) -> anyhow::Result<()> {
+    end_all(run_dir, After::Another).await
+}
+
+async fn end_all(run_dir: &Path, after: After) -> anyhow::Result<()> {
     let asked = |request| async move {
         tokio::time::timeout(STOP_TIMEOUT, ask(run_dir, &request))
             .await
@@ -53,6 +69,11 @@ pub async fn stop(run_dir: &Path) -> anyhow::Result<()> {
         }
     }
     if let Some(Reply::Status(status)) = asked(Request::Status).await? {
+        if after == After::Nothing
+            && let Some(Reply::Error { message }) = asked(Request::LeaveTunnel).await?
+        {
+            tracing::warn!(why = message, "{STAY_UNTOLD}");
+        }
         match asked(Request::Stop).await? {
             Some(Reply::Error { message }) => anyhow::bail!("the agent does not stop: {message}"),
             _ => process::wait_for_end(status.agent_pid, STOP_TIMEOUT).await?,
@@ -62,6 +83,9 @@ pub async fn stop(run_dir: &Path) -> anyhow::Result<()> {
     for role in Role::ALL {
         for (_, path) in process::sockets(role, run_dir)? {
             if let Some(stream) = process::find(&path).await? {
+                if role == Role::Tunnel && after == After::Nothing {
+                    tracing::info!(why = "no agent runs", "{STAY_UNTOLD}");
+                }
                 let pid = tokio::time::timeout(HELLO_TIMEOUT, pid_of(role, stream)).await.with_context(
                     || format!("the {} behind {} does not answer", role.name(), path.display()),
                 )??;
@@ -127,7 +151,7 @@ pub async fn uninstall(config: &NodeConfig) -> anyhow::Result<()> {
             failures.push(format!("{error:#}"));
         }
     };
-    note(if run_dir.exists() { stop(run_dir).await } else { Ok(()) });
+    note(if run_dir.exists() { end_all(run_dir, After::Nothing).await } else { Ok(()) });
     // After the agent, which would put it back.
     let unchained = cni::remove(&config.node);
     let chained = unchained.is_err();

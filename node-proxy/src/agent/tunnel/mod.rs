@@ -14,6 +14,7 @@
 //! * [`plan`] makes peers and routes of what the controller says of the other nodes;
 //! * [`wireguard::net`] brings the kernel's routes and rules in line with that;
 //! * [`paths`] finds out how large packets may be on the way to each node;
+//! * [`leave`] takes the tunnel back when the mesh leaves the node;
 //! * [`filter`] tells the programs around the tunnel what must not cross between nodes in clear text.
 //!
 //! An agent that gets ready to take the node over has a process of its own with a key that other nodes know already, at
@@ -27,11 +28,12 @@
 //! A process is ended and replaced only if it has died, cannot be talked to for several attempts, refuses everything, or has
 //! lost its interface: with it go its sessions and keys.
 
-mod filter;
 mod choice;
+mod filter;
 mod kernel;
 mod keys;
 mod leftover;
+mod leave;
 mod link;
 mod metrics;
 mod others;
@@ -57,6 +59,7 @@ use wireguard::net::probe::PathFinding;
 use wireguard::net::{Router, RoutingStatus};
 
 use self::link::{Found, Link, TunnelLink};
+pub(super) use self::leave::leave;
 pub(super) use self::metrics::text as metrics;
 use self::session::{End, Session, claim};
 use self::surroundings::Surroundings;
