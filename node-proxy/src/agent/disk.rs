@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! config            last good resources: magic, checksum, protobuf
+//! tunnels           those of them that are about tunnels between nodes, in the same form; the newer one counts
 //! cni.json          who is in the mesh, for the CNI plugin
 //! cni-socket        the socket that this agent's entry in a chain of CNI plugins names
 //! pods.json         enrolled pods: UID, path and cookie of the network namespace
@@ -204,6 +205,19 @@ impl Disk {
     /// # Errors
     /// With the path.
     pub(super) fn save_config(&self, resources: Vec<(&'static str, String, Stored)>) -> io::Result<()> {
+        self.save(&self.dir.join("config"), resources)
+    }
+
+    /// Keeps what is known of tunnels between nodes. It is small where all else is large and written seldom: with keys of
+    /// half a minute ago an agent would take working sessions from its tunnel.
+    ///
+    /// # Errors
+    /// With the path.
+    pub(super) fn save_tunnels(&self, resources: Vec<(&'static str, String, Stored)>) -> io::Result<()> {
+        self.save(&self.dir.join("tunnels"), resources)
+    }
+
+    fn save(&self, path: &Path, resources: Vec<(&'static str, String, Stored)>) -> io::Result<()> {
         let snapshot = Snapshot {
             resources: resources
                 .into_iter()
@@ -220,7 +234,7 @@ impl Disk {
         bytes.extend_from_slice(content_version(&body).as_bytes());
         bytes.push(b'\n');
         bytes.extend_from_slice(&body);
-        self.replace(&self.dir.join("config"), &bytes)
+        self.replace(path, &bytes)
     }
 
     /// The resources as one set of changes; empty when there are none.
@@ -228,8 +242,26 @@ impl Disk {
     /// # Errors
     /// When the file is unreadable, damaged, or of another form.
     pub(super) fn load_config(&self) -> io::Result<Changes> {
-        let path = self.dir.join("config");
-        let Some(bytes) = Self::read(&path)? else { return Ok(Changes::default()) };
+        let (config, tunnels) = (self.dir.join("config"), self.dir.join("tunnels"));
+        let mut changes = Self::load(&config)?;
+        let is_newer =
+            || Ok::<_, io::Error>(fs::metadata(&tunnels)?.modified()? >= fs::metadata(&config)?.modified()?);
+        // Without a whole configuration nothing is begun with, and an agent of before wrote no file of tunnels alone.
+        if changes.upserts.is_empty() || !is_newer().unwrap_or(false) {
+            return Ok(changes);
+        }
+        match Self::load(&tunnels) {
+            Ok(newer) => {
+                changes.upserts.retain(|(resource, _)| !matches!(resource, Resource::NodeTunnel(_)));
+                changes.upserts.extend(newer.upserts);
+            }
+            Err(error) => tracing::warn!(%error, "starting from what was known of tunnels a while ago"),
+        }
+        Ok(changes)
+    }
+
+    fn load(path: &Path) -> io::Result<Changes> {
+        let Some(bytes) = Self::read(path)? else { return Ok(Changes::default()) };
         let damaged = |what: &str| io::Error::other(format!("{} {what}", path.display()));
         let rest = bytes.strip_prefix(MAGIC).ok_or_else(|| damaged("is of another form"))?;
         let end = memchr::memchr(b'\n', rest).ok_or_else(|| damaged("is cut short"))?;
@@ -363,7 +395,7 @@ impl Disk {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mesh_api::model::Trust;
+    use mesh_api::model::{NODE_TUNNEL_TYPE, NodeTunnel, Trust, TunnelKey};
 
     use crate::agent::mesh::Mesh;
     use crate::agent::mesh::tests::workload;
@@ -401,6 +433,41 @@ mod tests {
         again.apply(disk.load_config().unwrap());
         assert_eq!(again.known(), mesh().known());
         assert!(again.local("a").is_some());
+    }
+
+    #[test]
+    fn what_is_known_of_tunnels_is_as_new_as_the_newer_of_both_files() {
+        let (dir, disk) = disk();
+        let tunnel = |node: &str, generation| {
+            let key = TunnelKey { generation, public_key: [1; 32], ports: [1, 1] };
+            Resource::NodeTunnel(NodeTunnel { node: node.into(), keys: vec![key], ..NodeTunnel::default() })
+        };
+        let mut known = mesh();
+        let upserts = [tunnel("n1", 1), tunnel("n2", 1)].map(|tunnel| (tunnel, "v1".to_owned()));
+        known.apply(Changes { upserts: upserts.into(), removals: Vec::new() });
+        disk.save_config(known.export()).unwrap();
+        let removals = vec![(NODE_TUNNEL_TYPE, "n1".to_owned())];
+        known.apply(Changes { upserts: vec![(tunnel("n2", 2), "v2".to_owned())], removals });
+        disk.save_tunnels(known.export_tunnels()).unwrap();
+
+        let generations = || -> Vec<(String, u64)> {
+            let mut again = Mesh::new("n1".to_owned());
+            again.apply(disk.load_config().unwrap());
+            assert!(again.local("a").is_some() && again.trust().is_some());
+            let all = again.tunnels();
+            all.this.iter().chain(&all.others).map(|t| (t.node.to_string(), t.keys[0].generation)).collect()
+        };
+        assert_eq!(generations(), [("n2".to_owned(), 2)]);
+        // As an agent leaves it that knows no file of tunnels alone.
+        let before = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+        let tunnels = dir.path().join("state/tunnels");
+        File::options().write(true).open(&tunnels).unwrap().set_modified(before).unwrap();
+        assert_eq!(generations(), [("n1".to_owned(), 1), ("n2".to_owned(), 1)]);
+        // Half a file is none.
+        disk.save_tunnels(known.export_tunnels()).unwrap();
+        let good = fs::read(&tunnels).unwrap();
+        fs::write(&tunnels, &good[..good.len() - 1]).unwrap();
+        assert_eq!(generations(), [("n1".to_owned(), 1), ("n2".to_owned(), 1)]);
     }
 
     #[test]

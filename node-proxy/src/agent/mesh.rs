@@ -106,6 +106,8 @@ pub(super) struct Mesh {
     namespaces: BTreeMap<Arc<str>, Count>,
     trust: Option<Arc<Trust>>,
     tunnels: BTreeMap<Arc<str>, Arc<NodeTunnel>>,
+    /// The revision in which they changed last.
+    tunnels_changed: u64,
     /// Pods of other nodes, if somebody wants to know.
     elsewhere: Option<BTreeMap<Arc<str>, Elsewhere>>,
     refused: BTreeMap<String, Vec<(IpAddr, u16)>>,
@@ -232,6 +234,17 @@ impl Mesh {
         Tunnels { this: self.own_tunnel().cloned(), others: others.cloned().collect() }
     }
 
+    /// Number of the change that was the last one of a tunnel.
+    pub(super) fn tunnels_revision(&self) -> u64 {
+        self.tunnels_changed
+    }
+
+    /// What is known of them, for the disk.
+    pub(super) fn export_tunnels(&self) -> Vec<(&'static str, String, Stored)> {
+        let of_tunnels = self.resources.iter().filter(|((type_url, _), _)| *type_url == NODE_TUNNEL_TYPE);
+        of_tunnels.map(|((type_url, name), stored)| (*type_url, name.clone(), stored.clone())).collect()
+    }
+
     /// The tunnel of this node.
     pub(super) fn own_tunnel(&self) -> Option<&Arc<NodeTunnel>> {
         self.tunnels.get(self.node.as_str())
@@ -265,7 +278,10 @@ impl Mesh {
                         self.count(&name.as_str().into(), None);
                     }
                     mesh_api::model::SERVICE_TYPE => drop(self.refused.remove(&name)),
-                    NODE_TUNNEL_TYPE => drop(self.tunnels.remove(name.as_str())),
+                    NODE_TUNNEL_TYPE => {
+                        self.tunnels.remove(name.as_str());
+                        self.tunnels_changed = self.revision;
+                    }
                     _ if name == TRUST_NAME => self.trust = None,
                     _ => {}
                 }
@@ -300,6 +316,7 @@ impl Mesh {
             Resource::Trust(t) => self.trust = Some(Arc::new(t.clone())),
             Resource::NodeTunnel(t) => {
                 self.tunnels.insert(Arc::clone(&t.node), Arc::new(t.clone()));
+                self.tunnels_changed = self.revision;
             }
             // The worker's to know.
             Resource::Denied(_) | Resource::AddressRanges(_) => {}

@@ -190,6 +190,7 @@ fn start_in_charge(agent: &Arc<Agent>) -> Vec<AbortOnDrop> {
         AbortOnDrop(tokio::spawn(cni::keep(Arc::clone(agent)))),
         AbortOnDrop(tokio::spawn(follow_refused(Arc::clone(agent)))),
         AbortOnDrop(tokio::spawn(follow_disk(Arc::clone(agent)))),
+        AbortOnDrop(tokio::spawn(save_tunnels(Arc::clone(agent)))),
     ]
 }
 
@@ -506,6 +507,46 @@ async fn save_unwritten(agent: &Agent) {
 fn save_delay(bytes: usize) -> Duration {
     let of_size = Duration::from_secs_f64(bytes as f64 / SAVED_PER_SECOND as f64);
     of_size.clamp(SAVE_DELAY, LONGEST_SAVE_DELAY)
+}
+
+/// Keeps what is known of the nodes' tunnels on disk, however large all else is: a crash may take the last half minute of that,
+/// but keys that other nodes have given up since would be of no use.
+async fn save_tunnels(agent: Arc<Agent>) {
+    if !agent.config.wireguard.enabled {
+        return;
+    }
+    let mut changes = agent.changed.subscribe();
+    let mut saved = agent.state.lock().mesh.tunnels_revision();
+    loop {
+        let (revision, complete) = {
+            let state = agent.state.lock();
+            (state.mesh.tunnels_revision(), state.mesh.is_complete())
+        };
+        if complete && revision != saved {
+            // Pods' addresses may be among it, and pods come and go in numbers.
+            tokio::time::sleep(SAVE_DELAY).await;
+            let (revision, tunnels) = {
+                let state = agent.state.lock();
+                (state.mesh.tunnels_revision(), state.mesh.export_tunnels())
+            };
+            saved = revision;
+            let bytes = tunnels.iter().map(|(_, _, stored)| stored.value.len()).sum();
+            let disk = agent.disk.clone();
+            let written = tokio::task::spawn_blocking(move || disk.save_tunnels(tunnels)).await;
+            if let Err(error) = written.map_err(std::io::Error::other).and_then(|written| written) {
+                tracing::error!(
+                    %error,
+                    "what is known of the nodes' tunnels is not on disk; a restart without the controller would begin with \
+                     keys of before. Make room there"
+                );
+            }
+            tokio::time::sleep(save_delay(bytes)).await;
+            continue;
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Keeps the last good state on disk.
