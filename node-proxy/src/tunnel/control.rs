@@ -1,5 +1,8 @@
 //! Agents' connections.
 
+#[cfg(test)]
+mod conversations;
+
 use std::collections::BTreeMap;
 use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
