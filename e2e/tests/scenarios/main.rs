@@ -14,6 +14,7 @@ mod tcp;
 mod tunnel;
 mod tunnel_failures;
 mod tunnel_kernel;
+mod tunnel_changes;
 mod volume;
 
 use std::process::ExitCode;
@@ -99,6 +100,11 @@ fn main() -> ExitCode {
         tunnel_failures::a_process_that_hangs_or_refuses_everything_is_replaced,
         tunnel_failures::what_an_agent_cannot_find_out_is_told_and_the_tunnel_goes_on,
         tunnel_failures::agents_that_follow_each_other_at_once_have_a_tunnel_each,
+        tunnel_changes::ten_rotations_of_both_nodes_under_streams_and_datagrams_break_no_stream,
+        tunnel_changes::the_nodes_that_stay_send_nothing_into_the_tunnel_of_one_that_is_uninstalled,
+        tunnel_changes::what_somebody_takes_from_the_tunnel_comes_back_and_meanwhile_nothing_goes_in_plain,
+        tunnel_changes::without_the_controller_an_agent_finds_its_tunnel_again_and_sends_nothing_plain,
+        tunnel_changes::an_agent_takes_the_tunnel_over_only_when_other_nodes_can_hear_of_its_key,
         volume::five_thousand_http_connections_at_the_same_time_are_served,
         volume::five_thousand_tcp_connections_at_the_same_time_are_each_their_own,
         volume::a_pod_takes_no_more_connections_than_it_may_from_either_node,

@@ -286,7 +286,7 @@ pub(crate) fn a_path_that_swallows_large_packets_is_named_and_what_crosses_is_ma
 }
 
 /// Interfaces, rules and routes that are the tunnel's.
-fn traces(node: &Node) -> Result<String> {
+pub(crate) fn traces(node: &Node) -> Result<String> {
     let ip = |words: &[&str]| -> Result<String> { node.launch("ip").args(words).output()?.ok() };
     let mut found = String::new();
     for family in ["-4", "-6"] {
