@@ -38,7 +38,7 @@ fn pods(node: u32, singles: u32) -> Vec<IpNet> {
 fn inputs(singles: u32) -> Inputs {
     let peer = |node: u32| PeerRoute {
         name: format!("node-{node:04}"),
-        device: DEVICE.to_owned(),
+        device: Some(DEVICE.to_owned()),
         pod_ranges: pods(node, singles),
         node_addresses: vec![Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 91, 16, 0)) + node).into()],
         usable_mtu: None,

@@ -289,7 +289,8 @@ fn a_thousand_nodes_are_configured_found_again_and_taken_out() {
         ],
     };
     let far: Vec<PeerNode> = (0..1000).map(node).collect();
-    let changes = |device: &KernelDevice, nodes: &[PeerNode]| device.apply(a.keys.clone(), nodes.to_vec()).unwrap();
+    let changes =
+        |device: &KernelDevice, nodes: &[PeerNode]| device.apply(a.keys.clone(), nodes.to_vec()).unwrap();
     assert_eq!(changes(&a.device, &far), []);
     let status = a.device.status();
     assert_eq!((status.interfaces.len(), status.peers.len()), (2, 1000));
@@ -299,7 +300,7 @@ fn a_thousand_nodes_are_configured_found_again_and_taken_out() {
     assert_eq!(changes(&next, &far[..500]), []);
     assert_eq!(next.status().peers.len(), 500);
     let kernels = |name: &str| {
-        let mut socket = a.ns.enter(|| wireguard_uapi::WgSocket::connect()).unwrap();
+        let mut socket = a.ns.enter(wireguard_uapi::WgSocket::connect).unwrap();
         socket.get_device(wireguard_uapi::DeviceInterface::from_name(name)).unwrap()
     };
     let device = kernels("wgk0");

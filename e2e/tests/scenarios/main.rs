@@ -12,9 +12,9 @@ mod services;
 mod takeover;
 mod tcp;
 mod tunnel;
+mod tunnel_changes;
 mod tunnel_failures;
 mod tunnel_kernel;
-mod tunnel_changes;
 mod volume;
 
 use std::process::ExitCode;

@@ -28,7 +28,9 @@ fn interfaces(node: &Node) -> Result<String> {
 fn settled(node: &Node, mode: &str) -> Result<Value> {
     tunnel_until(node, mode, |report| {
         let tunnel = &report["tunnel"];
-        let uses = |peer: &Value| peer["sessions"].as_array().is_some_and(|all| all.iter().any(|s| s["sending"] == true));
+        let uses = |peer: &Value| {
+            peer["sessions"].as_array().is_some_and(|all| all.iter().any(|s| s["sending"] == true))
+        };
         tunnel["mode"] == mode
             && report["registration"] == "registered"
             && report["rotating"] == false

@@ -90,7 +90,14 @@ fn refused(error: impl Into<anyhow::Error>) -> LinkError {
 impl KernelLink {
     fn new(settings: kernel::Settings, held: &[kernel::HeldKey]) -> Self {
         let keys = held.iter().map(|held| (held.own.generation, held.own.private.clone())).collect();
-        Self { settings, keys, device: None, interfaces: Vec::new(), routes: BTreeMap::new(), answered: false }
+        Self {
+            settings,
+            keys,
+            device: None,
+            interfaces: Vec::new(),
+            routes: BTreeMap::new(),
+            answered: false,
+        }
     }
 
     /// Interfaces, and which of them leads to whom.
@@ -158,7 +165,8 @@ impl KernelLink {
     pub(super) async fn apply(&mut self, apply: TunnelApply) -> Result<Vec<String>, LinkError> {
         let own = apply.generations.iter().map(|generation| {
             let private = self.keys.get(generation);
-            let private = private.ok_or_else(|| anyhow::anyhow!("there is no key of generation {generation}"))?;
+            let private =
+                private.ok_or_else(|| anyhow::anyhow!("there is no key of generation {generation}"))?;
             Ok(OwnKey { generation: *generation, private: private.clone() })
         });
         let own = own.collect::<anyhow::Result<Vec<OwnKey>>>().map_err(refused)?;
@@ -261,7 +269,9 @@ async fn begin(
     let link = Link::Kernel(KernelLink::new(settings.clone(), held));
     let keys = held.iter().map(known).collect();
     let found = Found { pid: std::process::id(), opened: None, keys };
-    Session::start(agent, around, std::path::PathBuf::new(), link, found, (settings.port, Vec::new())).run(life).await
+    Session::start(agent, around, std::path::PathBuf::new(), link, found, (settings.port, Vec::new()))
+        .run(life)
+        .await
 }
 
 #[cfg(test)]

@@ -216,12 +216,16 @@ fn received(sessions: &TunnelDocument, newest: Option<u64>) -> u64 {
 }
 
 /// All keys of this node that other nodes shall know: those of this process, and those of another one that lives.
-pub(super) fn registered(own: &Keys, ports: impl Fn(u64) -> [u16; 2], others: &[TunnelKey]) -> Vec<TunnelKey> {
+pub(super) fn registered(
+    own: &Keys,
+    ports: impl Fn(u64) -> [u16; 2],
+    others: &[TunnelKey],
+) -> Vec<TunnelKey> {
     let mut keys: BTreeMap<u64, TunnelKey> = others.iter().map(|key| (key.generation, *key)).collect();
     let own = own.announced().iter();
-    keys.extend(
-        own.map(|&(generation, public_key)| (generation, TunnelKey { generation, public_key, ports: ports(generation) })),
-    );
+    keys.extend(own.map(|&(generation, public_key)| {
+        (generation, TunnelKey { generation, public_key, ports: ports(generation) })
+    }));
     keys.into_values().rev().take(MAX_TUNNEL_KEYS).collect()
 }
 

@@ -111,7 +111,9 @@ impl Leftover {
                 let Some(stream) = process::find(path).await? else { return Ok(None) };
                 let (mut link, found) = TunnelLink::greet(stream).await?;
                 let sessions = match found.opened {
-                    Some(_) => link.status().await?.peers.into_values().flat_map(|peer| peer.sessions).collect(),
+                    Some(_) => {
+                        link.status().await?.peers.into_values().flat_map(|peer| peer.sessions).collect()
+                    }
                     None => Vec::new(),
                 };
                 let received = sessions.iter().map(|session| session.rx_bytes).sum();

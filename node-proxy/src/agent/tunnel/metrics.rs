@@ -161,7 +161,8 @@ mod tests {
         let page = text(Some(&TunnelReport { tunnel: Some(tunnel), ..TunnelReport::default() }), 0);
         let line = "sockmesh_wireguard_dropped_packets_total{peer=\"b\",cause=\"replayed\"} 3";
         assert!(page.lines().any(|l| l == line), "{page}");
-        for line in ["sockmesh_wireguard_mode{mode=\"user\"} 1", "sockmesh_wireguard_mode{mode=\"kernel\"} 0"] {
+        for line in ["sockmesh_wireguard_mode{mode=\"user\"} 1", "sockmesh_wireguard_mode{mode=\"kernel\"} 0"]
+        {
             assert!(page.lines().any(|l| l == line), "{page}");
         }
         assert!(!page.contains("handshake_age_seconds{"), "no session has no age: {page}");

@@ -32,8 +32,8 @@ mod choice;
 mod filter;
 mod kernel;
 mod keys;
-mod leftover;
 mod leave;
+mod leftover;
 mod link;
 mod metrics;
 mod others;
@@ -58,8 +58,8 @@ use tokio::process::Child;
 use wireguard::net::probe::PathFinding;
 use wireguard::net::{Router, RoutingStatus};
 
-use self::link::{Found, Link, TunnelLink};
 pub(super) use self::leave::leave;
+use self::link::{Found, Link, TunnelLink};
 pub(super) use self::metrics::text as metrics;
 use self::session::{End, Session, claim};
 use self::surroundings::Surroundings;
@@ -292,9 +292,9 @@ async fn claim_some(
     let mut pause = BETWEEN_CONNECTIONS;
     loop {
         // Ports of the kernel's keys are kept for them even where nobody listens yet.
-        let used = kernel::held(&kernel::settings(&agent.config.wireguard)).await.map(|held| {
-            held.iter().flat_map(|held| held.ports).collect::<Vec<u16>>()
-        });
+        let used = kernel::held(&kernel::settings(&agent.config.wireguard))
+            .await
+            .map(|held| held.iter().flat_map(|held| held.ports).collect::<Vec<u16>>());
         match used.and_then(|used| claim(&agent.config.wireguard, found, &used)) {
             Ok(ports) => return Some(ports),
             Err(_) if agent.takeover.phase() == Phase::Retired => return None,
@@ -402,7 +402,9 @@ pub(super) async fn remove_traces(config: &NodeConfig) -> anyhow::Result<()> {
     let programs = redirect_bpf::tunnel::uninstall(&config.node.bpffs, &config.node.name)
         .context("cannot remove the programs around the tunnel");
     let settings = kernel::settings(&config.wireguard);
-    let interfaces = kernel::blocking(move || wireguard::device::kernel::remove(&settings)).await.and_then(|removed| Ok(removed?));
+    let interfaces = kernel::blocking(move || wireguard::device::kernel::remove(&settings))
+        .await
+        .and_then(|removed| Ok(removed?));
     let router =
         Router::open(plan::routing(&config.wireguard)).context("cannot look at the tunnel's routes")?;
     let removed = router.uninstall().await.context("cannot remove the tunnel's routes")?;

@@ -193,7 +193,8 @@ impl<'a> Session<'a> {
             let said = registration.borrow_and_update().clone();
             let told = self.told(&said, this.as_deref());
             let only = self.others.is_empty();
-            let pause = match self.keys.step(&self.document, told && self.opened, only, self.since.elapsed()) {
+            let pause = match self.keys.step(&self.document, told && self.opened, only, self.since.elapsed())
+            {
                 Step::Make(generation) => self.make_key(generation).await?,
                 Step::Drop(generation) => {
                     self.keys.dropped(generation);
@@ -284,7 +285,8 @@ impl<'a> Session<'a> {
         let used: Vec<u16> = self.others.keys().flat_map(|held| held.key.ports).collect();
         let generation = kernel.generation(next, &used);
         if generation.is_none() {
-            let why = anyhow::anyhow!("tunnels of agents before this one have all UDP ports; they are gone soon");
+            let why =
+                anyhow::anyhow!("tunnels of agents before this one have all UDP ports; they are gone soon");
             self.failed(Attempt::MakeKey, &why);
         }
         generation
@@ -348,7 +350,8 @@ impl<'a> Session<'a> {
             Link::Process(_) => Ways::only(&self.settings.interface),
             Link::Kernel(kernel) => {
                 let (interfaces, routes) = kernel.routes();
-                let carries = |other: &Found| other.opened.is_some() && other.keys.iter().any(|key| key.announced);
+                let carries =
+                    |other: &Found| other.opened.is_some() && other.keys.iter().any(|key| key.announced);
                 let another = self.others.found().any(carries).then_some(self.settings.interface.as_str());
                 Ways::of_kernel(interfaces, routes, another)
             }
@@ -563,7 +566,8 @@ pub(super) fn claim(
         threads => threads as usize,
     };
     let last = settings.port.saturating_add(PORTS - 1);
-    let port = has.or_else(|| (settings.port..=last).find(|port| !used.contains(port) && user::is_free(*port)));
+    let port =
+        has.or_else(|| (settings.port..=last).find(|port| !used.contains(port) && user::is_free(*port)));
     let port = port.with_context(|| {
         format!(
             "UDP ports {} to {last} are all in use: by tunnels of agents before this one, which are gone within \

@@ -17,8 +17,8 @@ use wireguard::net::{self, Inputs, Router, RoutingStatus, TunnelDevice};
 
 use super::filter::{self, Around, Filter};
 use super::paths::Paths;
-use super::ways::Ways;
 use super::refusals::{Attempt, Refusals};
+use super::ways::Ways;
 use super::{TunnelReport, plan};
 use crate::agent::Agent;
 use crate::agent::mesh::Tunnels;
@@ -176,7 +176,8 @@ impl Surroundings {
             if let Some(tunnels) = tunnels {
                 let tunnels = self.hear(tunnels).await;
                 // Nothing to be lost.
-                let _ = self.keep(phase, &tunnels, &plan::own_addresses(), Inside::Away, &Ways::default()).await;
+                let _ =
+                    self.keep(phase, &tunnels, &plan::own_addresses(), Inside::Away, &Ways::default()).await;
             }
             self.report_alone(phase).await;
             // The agent's own end is that of this task.
@@ -228,11 +229,14 @@ impl Surroundings {
         };
         let exists = |name: &str| nix::net::if_::if_nametoindex(name).is_ok();
         let ways = match inside {
-            Inside::Away => self.ways.clone().unwrap_or_else(|| Ways::found(&self.settings().interface, exists)),
+            Inside::Away => {
+                self.ways.clone().unwrap_or_else(|| Ways::found(&self.settings().interface, exists))
+            }
             Inside::Open { .. } => ways.clone(),
         };
         let device = |name: &String| TunnelDevice { name: name.clone(), mtu };
-        let devices: Vec<TunnelDevice> = ways.interfaces.iter().filter(|name| exists(name.as_str())).map(device).collect();
+        let devices: Vec<TunnelDevice> =
+            ways.interfaces.iter().filter(|name| exists(name.as_str())).map(device).collect();
         let all_exist = devices.len() == ways.interfaces.len();
         // Where packets went in plain until now they go on so until the other nodes know whose they are.
         let is_new = self.was_known != Some(true) && self.routed.is_none() && !told;

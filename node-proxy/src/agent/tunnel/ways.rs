@@ -62,15 +62,16 @@ mod tests {
     fn packets_move_to_the_kernels_interfaces_node_by_node_as_sessions_come_about() {
         let interfaces = ["wg0".to_owned(), "wg2".to_owned()];
         let to = |interface: &str, live| (interface.to_owned(), live);
-        let routes = BTreeMap::from([
-            ("b".to_owned(), to("wg2", true)),
-            ("c".to_owned(), to("wg0", false)),
-        ]);
+        let routes = BTreeMap::from([("b".to_owned(), to("wg2", true)), ("c".to_owned(), to("wg0", false))]);
         let changing = Ways::of_kernel(&interfaces, &routes, Some("wg"));
         assert_eq!(changing.interfaces, ["wg0", "wg2", "wg"]);
         let named = |ways: &Ways| ["b", "c", "d"].map(|node| ways.to(node).unwrap_or_default());
         assert_eq!(named(&changing), ["wg2", "wg", ""]);
-        assert_eq!(named(&Ways::of_kernel(&interfaces, &routes, None)), ["wg2", "wg0", ""], "the process is gone");
+        assert_eq!(
+            named(&Ways::of_kernel(&interfaces, &routes, None)),
+            ["wg2", "wg0", ""],
+            "the process is gone"
+        );
         assert_eq!(named(&Ways::only("wg")), ["wg"; 3]);
         assert_eq!(Ways::found("wg", |_| false), Ways::only("wg"));
         assert_eq!(Ways::found("wg", |name| name == "wg2").interfaces, ["wg2"]);

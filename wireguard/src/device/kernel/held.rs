@@ -79,7 +79,8 @@ pub fn held(settings: &Settings) -> io::Result<Vec<HeldKey>> {
         let age = Duration::from_secs(now().saturating_sub(note.made));
         let own = OwnKey { generation: note.generation, private: PrivateKey::from(private) };
         let ports = ports(settings.port, note.generation);
-        let held = all.entry(note.generation).or_insert(HeldKey { own, age, leaving: false, received: 0, ports });
+        let held =
+            all.entry(note.generation).or_insert(HeldKey { own, age, leaving: false, received: 0, ports });
         held.age = held.age.max(age);
         held.leaving |= note.leaving;
         held.received += received;
@@ -144,7 +145,9 @@ mod tests {
             let note = Note { generation: 12, made: 1_795_309_388, leaving };
             assert_eq!(Note::read(&note.to_string()), Some(note));
         }
-        for other in ["", "sockmesh", "sockmesh key 12", "sockmesh key x made 1", "sockmesh key 1 made 1 ", "uplink"] {
+        for other in
+            ["", "sockmesh", "sockmesh key 12", "sockmesh key x made 1", "sockmesh key 1 made 1 ", "uplink"]
+        {
             assert_eq!(Note::read(other), None, "{other:?}");
         }
     }

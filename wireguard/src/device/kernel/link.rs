@@ -109,7 +109,8 @@ impl Links {
                 if link.is_wireguard {
                     return Ok(Some(link));
                 }
-                let why = format!("{name} is another kind of interface; remove it, or set wireguard.interface");
+                let why =
+                    format!("{name} is another kind of interface; remove it, or set wireguard.interface");
                 Err(io::Error::new(io::ErrorKind::AlreadyExists, why))
             }
             Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -libc::ENODEV => Ok(None),
@@ -126,8 +127,7 @@ impl Link {
     fn read(message: LinkMessage) -> Self {
         let is_up = message.header.flags.contains(LinkFlags::Up);
         let index = message.header.index;
-        let mut link =
-            Self { index, mtu: None, is_up, is_wireguard: false, alias: None, counters: None };
+        let mut link = Self { index, mtu: None, is_up, is_wireguard: false, alias: None, counters: None };
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::Mtu(mtu) => link.mtu = Some(mtu),

@@ -224,7 +224,8 @@ impl State {
         let mut seen = BTreeMap::new();
         for number in self.plan.interfaces.keys() {
             // One that is not there has no sessions; whoever routes to it finds out.
-            let Ok(device) = self.wireguard.get_device(DeviceInterface::from_name(settings.name(*number))) else {
+            let Ok(device) = self.wireguard.get_device(DeviceInterface::from_name(settings.name(*number)))
+            else {
                 continue;
             };
             seen.extend(device.peers.into_iter().map(|peer| ((*number, peer.public_key.into()), peer)));
@@ -253,7 +254,12 @@ impl State {
     }
 
     /// Makes one interface what is planned for it; without a plan, there shall be none.
-    fn follow(&mut self, settings: &Settings, number: u8, planned: Option<&Planned>) -> Result<(), ApplyError> {
+    fn follow(
+        &mut self,
+        settings: &Settings,
+        number: u8,
+        planned: Option<&Planned>,
+    ) -> Result<(), ApplyError> {
         let name = settings.name(number);
         let failed = |what: &str| {
             let what = format!("{what} {name}");
@@ -265,7 +271,8 @@ impl State {
         };
         let generation = planned.own_generation;
         let link = self.links.get(&name).map_err(failed("look at the interface"))?;
-        let note = link.and_then(|link| Note::read(link.alias.as_deref()?)).filter(|n| n.generation == generation);
+        let note =
+            link.and_then(|link| Note::read(link.alias.as_deref()?)).filter(|n| n.generation == generation);
         let noted = note.map_or_else(now, |note| note.made);
         let made = *self.made.entry(generation).and_modify(|made| *made = noted.min(*made)).or_insert(noted);
         let note = Note { generation, made, leaving: false };
