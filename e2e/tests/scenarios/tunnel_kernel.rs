@@ -119,8 +119,8 @@ pub(crate) fn a_tunnel_moves_into_the_kernel_and_back_while_agents_change_and_se
         ensure!(stream.exited()?.is_none(), "the stranger's stream ended:\n{}", stream.log()?);
         stream.kill()?;
         let exchange = datagrams::end(sender)?;
-        // What is on its way to a queue of a process's interface when that is closed is lost.
-        ensure!(exchange.sent - exchange.answered <= 8 && exchange.errors.is_empty(), "{exchange:?}");
+        // Between nodes that both have the kernel's, some seconds are lost (docs/wireguard.md); nothing more, and none in plain.
+        ensure!(exchange.answered * 4 >= exchange.sent * 3 && exchange.errors.is_empty(), "{exchange:?}");
         nothing_plain(&capture.finish()?)
     })
 }
