@@ -440,7 +440,10 @@ mod tests {
         let (dir, disk) = disk();
         let tunnel = |node: &str, generation| {
             let key = TunnelKey { generation, public_key: [1; 32], ports: [1, 1] };
-            Resource::NodeTunnel(NodeTunnel { node: node.into(), keys: vec![key], ..NodeTunnel::default() })
+            let addresses = vec!["192.0.2.1".parse().unwrap()];
+            let tunnel =
+                NodeTunnel { node: node.into(), addresses, keys: vec![key], ..NodeTunnel::default() };
+            Resource::NodeTunnel(tunnel)
         };
         let mut known = mesh();
         let upserts = [tunnel("n1", 1), tunnel("n2", 1)].map(|tunnel| (tunnel, "v1".to_owned()));
