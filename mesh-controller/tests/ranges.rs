@@ -106,7 +106,29 @@ fn ranges_that_the_network_does_not_use_are_not_told() {
 }
 
 #[test]
+fn a_range_is_told_once_whatever_changes_at_the_same_time() {
+    let mut told = Told::new();
+    told.apply([node("a", &["10.1.0.0/24"]), node("bb", &["10.2.0.0/24"])]);
+    assert_eq!(
+        told.apply([pod("in", "a", "10.1.0.7"), pod("out", "bb", "172.16.0.7")]),
+        "node/a 10.1.0.0/24"
+    );
+    told.index.remove(&ObjectKey { kind: Kind::Pod, namespace: "shop".into(), name: "in".into() });
+    told.index.apply(pod("out", "bb", "10.2.0.7"));
+    assert_eq!(told.commit(), "node/a 10.1.0.0/24; node/bb 10.2.0.0/24");
+}
+
+#[test]
 fn a_range_with_a_nodes_address_in_it_is_not_of_pods_alone() {
     let mut told = Told::new();
     assert_eq!(told.apply([node("a", &["192.0.2.0/24", "10.1.0.0/24"])]), "node/a 10.1.0.0/24");
+    told.remove(Kind::Node, "", "a");
+    assert_eq!(told.apply([node("bb", &["192.0.2.0/24", "10.2.0.0/24"])]), "node/bb 10.2.0.0/24");
+    told.remove(Kind::Node, "", "bb");
+    // Whichever of both comes first, and once the other is gone.
+    let other =
+        Node { name: "other".into(), addresses: vec!["10.3.0.9".parse().unwrap()], ..Node::default() };
+    assert_eq!(told.apply([node("ccc", &["10.3.0.0/24"])]), "node/ccc 10.3.0.0/24");
+    assert_eq!(told.apply([Object::Node(other)]), "");
+    assert_eq!(told.remove(Kind::Node, "", "other"), "node/ccc 10.3.0.0/24");
 }

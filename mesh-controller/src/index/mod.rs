@@ -159,7 +159,8 @@ impl Index {
                 let before = self.nodes.get(&node.name);
                 if before != Some(&node) {
                     self.tunnels.node_changes(before, Some(&node));
-                    self.ranges.touch(&node.name);
+                    let before = before.map(|node| node.addresses.clone()).unwrap_or_default();
+                    self.touch_ranges_of(&node.name, &before, &node.addresses);
                     self.nodes.insert(node.name.clone(), node);
                 }
             }
@@ -210,7 +211,7 @@ impl Index {
             Kind::Node => {
                 if let Some(before) = self.nodes.remove(&key.name) {
                     self.tunnels.node_changes(Some(&before), None);
-                    self.ranges.touch(&before.name);
+                    self.touch_ranges_of(&before.name, &before.addresses, &[]);
                 }
             }
             Kind::ServiceAccount => {

@@ -93,28 +93,23 @@ impl Index {
     /// Tells of ranges that changed.
     pub(super) fn commit_ranges(&mut self, delta: &mut Delta) {
         self.ranges.commit_services(delta);
-        // Whether nodes without pods have ranges depends on all the others.
-        while let Some(name) = self.ranges.dirty.pop_first() {
-            let node = self.nodes.get(&name);
-            let ranges = node.map_or(&[][..], |node| &node.pod_ranges);
-            let inside = |pod: &IpAddr| ranges.iter().any(|range| range.contains(pod));
-            let addresses = self.pods.addresses_on(&name);
-            let pods = if node.is_none() {
-                Pods::Nowhere
-            } else if ranges.is_empty() || addresses.is_empty() {
-                Pods::None
-            } else if addresses.iter().all(inside) {
-                Pods::Inside
-            } else {
-                Pods::Elsewhere
-            };
-            let are_used = pods == Pods::Inside || (pods == Pods::None && self.ranges.elsewhere.is_empty());
+        // Whether nodes without pods have ranges depends on all the others, so where pods are is found out first.
+        let mut dirty = std::mem::take(&mut self.ranges.dirty);
+        for name in &dirty {
+            let pods = self.pods_of_node(name);
+            self.ranges.note(name, pods);
+        }
+        dirty.append(&mut self.ranges.dirty);
+        for name in dirty {
+            let ranges = self.nodes.get(&name).map_or(&[][..], |node| &node.pod_ranges);
             let of_pods_alone = |range: &&IpNet| !self.tunnels.has_node_in(range);
-            let mut now: Vec<IpNet> =
-                ranges.iter().filter(of_pods_alone).copied().filter(|_| are_used).collect();
+            let mut now: Vec<IpNet> = match self.pods_of_node(&name) {
+                Pods::Nowhere | Pods::Elsewhere => Vec::new(),
+                Pods::None if !self.ranges.elsewhere.is_empty() => Vec::new(),
+                Pods::None | Pods::Inside => ranges.iter().filter(of_pods_alone).copied().collect(),
+            };
             now.sort_unstable();
             now.dedup();
-            self.ranges.note(&name, pods);
             let before = self.ranges.told.get(&name).map_or(&[][..], Vec::as_slice);
             if now == before {
                 continue;
@@ -125,6 +120,33 @@ impl Index {
                 self.ranges.told.insert(name.clone(), now.clone());
             }
             delta.put_ranges(Some(name), now);
+        }
+    }
+
+    fn pods_of_node(&self, name: &Arc<str>) -> Pods {
+        let Some(node) = self.nodes.get(name) else { return Pods::Nowhere };
+        let inside = |pod: &IpAddr| node.pod_ranges.iter().any(|range| range.contains(pod));
+        let addresses = self.pods.addresses_on(name);
+        if node.pod_ranges.is_empty() || addresses.is_empty() {
+            Pods::None
+        } else if addresses.iter().all(inside) {
+            Pods::Inside
+        } else {
+            Pods::Elsewhere
+        }
+    }
+
+    /// Has a node looked at again that changes, comes or goes, and all in whose ranges its addresses are or were.
+    pub(super) fn touch_ranges_of(&mut self, name: &Arc<str>, before: &[IpAddr], after: &[IpAddr]) {
+        self.ranges.touch(name);
+        if before == after {
+            return;
+        }
+        let addresses = || before.iter().chain(after);
+        for (name, node) in &self.nodes {
+            if node.pod_ranges.iter().any(|range| addresses().any(|address| range.contains(address))) {
+                self.ranges.touch(name);
+            }
         }
     }
 }

@@ -258,8 +258,11 @@ impl OutboundCall {
         let Some(mut chosen) = chosen else {
             let name =
                 self.target.service().map_or_else(|| self.ctx.asked.to_string(), |(s, _)| s.key.to_string());
-            let message = format!("no ready endpoint for {name}");
-            return Err(connect_failure(LocalReply::unavailable(Reason::NoHealthyUpstream, message)));
+            let (reason, message) = match self.target {
+                Target::Address(..) => (Reason::NoRoute, format!("no pod or service is known at {name}")),
+                Target::Service(..) => (Reason::NoHealthyUpstream, format!("no ready endpoint for {name}")),
+            };
+            return Err(connect_failure(LocalReply::unavailable(reason, message)));
         };
         self.key = Some(self.key_of(&chosen));
         let taken = self.admit(&chosen).and_then(|()| take_share(&mut chosen));

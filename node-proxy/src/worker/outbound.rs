@@ -138,7 +138,15 @@ impl Outbound {
                                 continue;
                             }
                         },
-                        None => mesh.by_address(address.ip()),
+                        None => match mesh.by_address(address.ip()) {
+                            // The Service's endpoints were heard of before the pod behind this one.
+                            None if mesh.is_unheard_of(address.ip()) => {
+                                unknown.extend_from_slice(tried);
+                                unknown.push(address);
+                                continue;
+                            }
+                            found => found,
+                        },
                     };
                     let way = Way::choose(shared, &self.source, address, workload);
                     return Some(Chosen { picked: Some(picked), address, way, share: None });

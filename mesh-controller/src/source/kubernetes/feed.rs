@@ -43,6 +43,12 @@ impl Feed {
         Self { kind, listing: None, had_objects: false, doubted: false }
     }
 
+    /// Whether the last list had an object.
+    #[must_use]
+    pub fn had_objects(&self) -> bool {
+        self.had_objects
+    }
+
     /// Takes what the watch says.
     pub fn take<K: Watched>(&mut self, event: Event<Seen<K>>) -> Told
     where

@@ -143,7 +143,9 @@ impl Source {
             let Some(event) = events.next().await else { return Again::Now };
             let event = match event {
                 Ok(event) => event,
-                Err(watcher::Error::InitialListFailed(error)) if K::OPTIONAL && is_absent(&error) => {
+                Err(watcher::Error::InitialListFailed(error))
+                    if K::OPTIONAL && !feed.had_objects() && is_absent(&error) =>
+                {
                     tracing::info!(kind = K::KIND.name(), "the API server does not have this kind");
                     let none = Change::Listed(K::KIND, HashSet::new());
                     let sent = self.changes.send((Instant::now(), none)).await;

@@ -127,12 +127,14 @@ impl MeshState {
         }
     }
 
-    /// Whether an address that no known pod has can only be that of a pod or a service. Either it was not told of yet, or is
-    /// gone; whoever is there is nobody to talk to in plain.
+    /// Whether an address that no known pod or service has can only be that of one. Either it was not told of yet, or is gone;
+    /// whoever is there is nobody to talk to in plain.
     #[must_use]
     pub fn is_unheard_of(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
-        self.addresses.get(&address).is_none_or(Vec::is_empty) && self.ranges.contain(address)
+        self.addresses.get(&address).is_none_or(Vec::is_empty)
+            && self.vips.get(&address).is_none_or(Vec::is_empty)
+            && self.ranges.contain(address)
     }
 
     /// A service by namespace and name.

@@ -20,17 +20,18 @@ pub(super) struct Ranges {
 }
 
 impl Ranges {
+    /// Counts once they are indexed.
     pub(super) fn set(&mut self, ranges: AddressRanges) {
         self.told.insert(AddressRanges::name_of(ranges.node.as_deref()), ranges);
-        self.index();
     }
 
+    /// The same.
     pub(super) fn remove(&mut self, name: &str) {
         self.told.remove(name);
-        self.index();
     }
 
-    fn index(&mut self) {
+    /// Has what was set and removed count.
+    pub(super) fn index(&mut self) {
         let each =
             || self.told.values().flat_map(|told| told.ranges.iter().map(|r| (*r, told.node.is_some())));
         self.pods = each().collect();
@@ -73,6 +74,7 @@ mod tests {
         ranges.set(told(Some("a"), &["10.1.0.0/24", "fd00:1::/64"]));
         ranges.set(told(Some("b"), &["10.1.1.0/25"]));
         ranges.set(told(None, &["10.96.0.0/12"]));
+        ranges.index();
         for inside in ["10.1.0.2", "10.1.0.255", "fd00:1::2", "10.1.1.127", "10.96.0.1", "10.111.255.255"] {
             assert!(contain(&ranges, inside), "{inside}");
         }
@@ -82,11 +84,13 @@ mod tests {
             assert!(!contain(&ranges, outside), "{outside}");
         }
         ranges.remove("node/a");
+        ranges.index();
         assert!(
             !contain(&ranges, "10.1.0.2") && contain(&ranges, "10.1.1.2"),
             "a node that is gone takes its own along"
         );
         ranges.set(told(Some("b"), &[]));
+        ranges.index();
         assert!(!contain(&ranges, "10.1.1.2"), "and one whose pods are elsewhere");
     }
 }

@@ -97,6 +97,10 @@ impl Store {
             ]);
         }
         check(&upserts, removals)?;
+        let of_ranges = |resource: &Resource| matches!(resource, Resource::AddressRanges(_));
+        let ranges_change = full
+            || upserts.iter().any(of_ranges)
+            || removals.iter().any(|r| r.type_url == ADDRESS_RANGES_TYPE);
         let mut next = Change { state: old.as_deref().cloned().unwrap_or_default(), publish: Vec::new() };
         if full {
             next.retain(&upserts);
@@ -123,6 +127,9 @@ impl Store {
                 Resource::Denied(_) => {}
                 Resource::AddressRanges(ranges) => Arc::make_mut(&mut next.state.ranges).set(ranges),
             }
+        }
+        if ranges_change {
+            Arc::make_mut(&mut next.state.ranges).index();
         }
         // Identities need the trust domain, so trust goes first.
         let mut errors = Vec::new();
