@@ -34,7 +34,7 @@ settings! {
         /// Whether the node has a tunnel. If not, what is left of one is removed at the start.
         enabled: bool = false, "true | false";
         /// Which WireGuard encrypts: the kernel's own if it has one and a process of the agent's if not (auto), the kernel's or none (kernel), the process (user).
-        mode: TunnelMode = TunnelMode::Auto, "auto | kernel | user";
+        mode: TunnelMode = TunnelMode::User, "auto | kernel | user";
         /// First of four UDP ports: processes that take over from one another have one each.
         port: u16 = 51_871, "port", 1 => u16::MAX - 3;
         /// Name of the interface.
