@@ -134,10 +134,13 @@ impl Captured {
         off_port.map(|(_, bytes)| bytes).sum()
     }
 
-    /// Number of packets other than TCP from one address that `is` so to another.
+    /// Packets other than TCP from one address that `is` so to another.
     #[must_use]
-    pub fn packets_among(&self, is: impl Fn(std::net::IpAddr) -> bool) -> usize {
-        self.traffic.not_tcp().filter(|(from, to)| is(*from) && is(*to)).count()
+    pub fn packets_among(
+        &self,
+        is: impl Fn(std::net::IpAddr) -> bool,
+    ) -> Vec<(std::net::IpAddr, std::net::IpAddr)> {
+        self.traffic.not_tcp().filter(|(from, to)| is(*from) && is(*to)).collect()
     }
 
     /// Addresses that sent TCP payload over the link.

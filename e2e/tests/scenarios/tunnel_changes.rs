@@ -97,7 +97,7 @@ pub(crate) fn what_somebody_takes_from_the_tunnel_comes_back_and_meanwhile_nothi
     stage.play(|stage| {
         stage.announce_that_nothing_is_sent();
         stage.announce_that_nothing_is_received();
-        stage.announce_error("the tunnel's process is gone");
+        stage.announce_error("the tunnel's process is of no use any more");
         stage.announce_error("the tunnel is not as it should be");
         stage.announce_error("has the interface been removed?");
         let _echo = datagrams::serve(&stage.far, PORT)?;
