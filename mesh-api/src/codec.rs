@@ -216,6 +216,18 @@ fn cidrs_from_wire(cidrs: &[pb::Cidr], field: &str) -> Result<Vec<IpNet>, FieldE
     cidrs.iter().enumerate().map(one).collect()
 }
 
+/// Ranges without host bits.
+fn networks_from_wire(cidrs: &[pb::Cidr], field: &str) -> Result<Vec<IpNet>, FieldError> {
+    let networks = cidrs_from_wire(cidrs, field)?;
+    match networks.iter().position(|range| range.trunc() != *range) {
+        Some(i) => Err(FieldError::new(
+            format!("{field}[{i}]"),
+            format!("{} has bits beyond its prefix", networks[i]),
+        )),
+        None => Ok(networks),
+    }
+}
+
 fn required(value: String, field: &str) -> Result<Arc<str>, FieldError> {
     if value.is_empty() { Err(FieldError::new(field, "is empty")) } else { Ok(value.into()) }
 }
@@ -507,15 +519,9 @@ fn ranges_to_wire(r: &AddressRanges) -> pb::AddressRanges {
 }
 
 fn ranges_from_wire(r: pb::AddressRanges) -> Result<AddressRanges, FieldError> {
-    let ranges = cidrs_from_wire(&r.ranges, "ranges")?;
-    for (i, range) in ranges.iter().enumerate() {
-        let bad = |problem: String| Err(FieldError::new(format!("ranges[{i}]"), problem));
-        if range.trunc() != *range {
-            return bad(format!("{range} has bits beyond its prefix"));
-        }
-        if i > 0 && ranges[i - 1] >= *range {
-            return bad(format!("{range} is not in order"));
-        }
+    let ranges = networks_from_wire(&r.ranges, "ranges")?;
+    if let Some(i) = (1..ranges.len()).find(|i| ranges[i - 1] >= ranges[*i]) {
+        return Err(FieldError::new(format!("ranges[{i}]"), format!("{} is not in order", ranges[i])));
     }
     Ok(AddressRanges { node: (!r.node.is_empty()).then(|| r.node.into()), ranges })
 }

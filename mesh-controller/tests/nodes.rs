@@ -45,6 +45,17 @@ async fn place(api: &ApiServer, name: &str, address: &str, range: &str) {
     nodes.patch_status(name, &PatchParams::default(), &status).await.unwrap();
 }
 
+/// Two replicas on the first node.
+async fn replicas(api: &ApiServer) -> (Replica, Replica) {
+    for (name, address) in [("one", "10.244.1.8"), ("two", "10.244.1.9")] {
+        api.pod_as(SYSTEM, name, "node-a", address, "default").await;
+    }
+    let (one, two) = (Replica::start(api, "one"), Replica::start(api, "two"));
+    one.ready().await;
+    two.ready().await;
+    (one, two)
+}
+
 /// A node agent's pod, in its node's network as they are.
 async fn host_agent(api: &ApiServer, node: &str, address: &str) {
     let name = format!("sockmesh-{node}");
@@ -364,12 +375,7 @@ async fn keys_of_tunnels_reach_all_nodes_through_both_replicas_and_outlive_them(
     place(&api, "node-b", "192.0.2.2", "10.244.2.0/24").await;
     host_agent(&api, "node-a", "192.0.2.1").await;
     host_agent(&api, "node-b", "192.0.2.2").await;
-    for (name, address) in [("one", "10.244.1.8"), ("two", "10.244.1.9")] {
-        api.pod_as(SYSTEM, name, "node-a", address, "default").await;
-    }
-    let (one, two) = (Replica::start(&api, "one"), Replica::start(&api, "two"));
-    one.ready().await;
-    two.ready().await;
+    let (one, two) = replicas(&api).await;
     let (a, b) = (agent(&api, &one, "node-a").await, agent(&api, &two, "node-b").await);
     let (on_a, on_b) = (Stream::open(&a, None), Stream::open(&b, None));
     assert_eq!(on_a.registered(vec![key(1, 1)]).await, Registration::Registered);
@@ -442,12 +448,7 @@ async fn a_tunnel_goes_at_once_with_the_node_that_takes_it_back_or_is_removed_an
         place(&api, name, address, range).await;
         host_agent(&api, name, address).await;
     }
-    for (name, address) in [("one", "10.244.1.8"), ("two", "10.244.1.9")] {
-        api.pod_as(SYSTEM, name, "node-a", address, "default").await;
-    }
-    let (one, two) = (Replica::start(&api, "one"), Replica::start(&api, "two"));
-    one.ready().await;
-    two.ready().await;
+    let (one, two) = replicas(&api).await;
     let (a, b) = (agent(&api, &one, "node-a").await, agent(&api, &two, "node-b").await);
     let c = agent(&api, &two, "node-c").await;
     let (on_a, on_b, on_c) = (Stream::open(&a, None), Stream::open(&b, None), Stream::open(&c, None));

@@ -1,54 +1,40 @@
 //! Addresses that nobody has but pods or services, as nodes are told of them.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use std::collections::BTreeMap;
+mod told;
 
 use mesh_api::model::{ADDRESS_RANGES_TYPE, Resource};
-use mesh_controller::index::object::{Kind, Node, Object, ObjectKey, Phase, Pod};
-use mesh_controller::index::{Index, IndexConfig};
+use mesh_controller::index::object::{Kind, Node, Object};
+use told::{Told, object};
 
-/// An index, and all ranges that nodes were told of so far.
-struct Told {
-    index: Index,
-    ranges: BTreeMap<String, String>,
-}
+/// All ranges that nodes were told of so far.
+struct Ranges(Told);
 
-impl Told {
+impl Ranges {
     fn new() -> Self {
-        let config = IndexConfig {
-            cluster_domain: "cluster.local".to_owned(),
-            derive_endpoints: false,
-            complete: true,
-        };
-        Self { index: Index::new(config), ranges: BTreeMap::new() }
+        Self(Told::of(ADDRESS_RANGES_TYPE))
     }
 
     fn apply(&mut self, objects: impl IntoIterator<Item = Object>) -> String {
-        objects.into_iter().for_each(|object| self.index.apply(object));
+        objects.into_iter().for_each(|object| self.0.index.apply(object));
         self.commit()
     }
 
     fn remove(&mut self, kind: Kind, namespace: &str, name: &str) -> String {
-        self.index.remove(&ObjectKey { kind, namespace: namespace.into(), name: name.into() });
+        self.0.remove(kind, namespace, name);
         self.commit()
     }
 
     fn commit(&mut self) -> String {
-        let delta = self.index.commit();
-        for resource in &delta.upserts {
-            if let Resource::AddressRanges(told) = resource {
-                let (type_url, name, bytes) = resource.encode();
-                assert_eq!(Resource::decode(type_url, &name, &bytes).as_ref(), Ok(resource));
+        self.0.commit();
+        let one = |(name, resource): (&String, &Resource)| match resource {
+            Resource::AddressRanges(told) => {
                 let ranges: Vec<_> = told.ranges.iter().map(ToString::to_string).collect();
-                self.ranges.insert(name, ranges.join(" "));
+                format!("{name} {}", ranges.join(" "))
             }
-        }
-        for (type_url, name) in &delta.removals {
-            if *type_url == ADDRESS_RANGES_TYPE {
-                self.ranges.remove(name).expect("it was never told");
-            }
-        }
-        self.ranges.iter().map(|(name, ranges)| format!("{name} {ranges}")).collect::<Vec<_>>().join("; ")
+            other => panic!("{other:?} is of another type"),
+        };
+        self.0.resources.iter().map(one).collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -62,16 +48,7 @@ fn node(name: &str, ranges: &[&str]) -> Object {
 }
 
 fn pod(name: &str, node: &str, address: &str) -> Object {
-    Object::Pod(Box::new(Pod {
-        uid: format!("uid-{name}").into(),
-        name: name.into(),
-        namespace: "shop".into(),
-        service_account: "default".into(),
-        node: node.into(),
-        addresses: vec![address.parse().unwrap()],
-        phase: Phase::Running,
-        ..Pod::default()
-    }))
+    object(told::pod(name, node, address))
 }
 
 fn services(name: &str, ranges: &[&str]) -> Object {
@@ -80,7 +57,7 @@ fn services(name: &str, ranges: &[&str]) -> Object {
 
 #[test]
 fn the_ranges_of_nodes_and_services_are_told_and_go_with_them() {
-    let mut told = Told::new();
+    let mut told = Ranges::new();
     assert_eq!(told.apply([node("a", &["fd00:1::/64", "10.1.0.0/24"])]), "node/a 10.1.0.0/24 fd00:1::/64");
     assert_eq!(told.apply([pod("web", "a", "10.1.0.7"), node("bb", &[])]), "node/a 10.1.0.0/24 fd00:1::/64");
     let with_services =
@@ -93,7 +70,7 @@ fn the_ranges_of_nodes_and_services_are_told_and_go_with_them() {
 
 #[test]
 fn ranges_that_the_network_does_not_use_are_not_told() {
-    let mut told = Told::new();
+    let mut told = Ranges::new();
     told.apply([node("a", &["10.1.0.0/24"]), node("bb", &["10.2.0.0/24"]), node("ccc", &["10.3.0.0/24"])]);
     told.apply([pod("inside", "a", "10.1.0.7")]);
     let elsewhere = told.apply([pod("elsewhere", "bb", "172.16.0.7")]);
@@ -107,20 +84,20 @@ fn ranges_that_the_network_does_not_use_are_not_told() {
 
 #[test]
 fn a_range_is_told_once_whatever_changes_at_the_same_time() {
-    let mut told = Told::new();
+    let mut told = Ranges::new();
     told.apply([node("a", &["10.1.0.0/24"]), node("bb", &["10.2.0.0/24"])]);
     assert_eq!(
         told.apply([pod("in", "a", "10.1.0.7"), pod("out", "bb", "172.16.0.7")]),
         "node/a 10.1.0.0/24"
     );
-    told.index.remove(&ObjectKey { kind: Kind::Pod, namespace: "shop".into(), name: "in".into() });
-    told.index.apply(pod("out", "bb", "10.2.0.7"));
+    told.0.remove(Kind::Pod, "shop", "in");
+    told.0.index.apply(pod("out", "bb", "10.2.0.7"));
     assert_eq!(told.commit(), "node/a 10.1.0.0/24; node/bb 10.2.0.0/24");
 }
 
 #[test]
 fn a_range_with_a_nodes_address_in_it_is_not_of_pods_alone() {
-    let mut told = Told::new();
+    let mut told = Ranges::new();
     assert_eq!(told.apply([node("a", &["192.0.2.0/24", "10.1.0.0/24"])]), "node/a 10.1.0.0/24");
     told.remove(Kind::Node, "", "a");
     assert_eq!(told.apply([node("bb", &["192.0.2.0/24", "10.2.0.0/24"])]), "node/bb 10.2.0.0/24");

@@ -1,63 +1,53 @@
 //! Registered keys and Node objects, made into what nodes are told of each other's tunnels.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod told;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use mesh_api::model::{NODE_TUNNEL_TYPE, NodeTunnel, Resource, TunnelKey};
+use mesh_controller::index::Delta;
 use mesh_controller::index::object::{Invalid, Kind, Node, Object, ObjectKey, Phase, Pod};
-use mesh_controller::index::{Delta, Index, IndexConfig};
+use told::{Told, object, pod};
 
-/// An index, and all that nodes were told so far.
-struct Told {
-    index: Index,
+/// All that nodes were told so far.
+struct Tunnels {
+    told: Told,
     tunnels: BTreeMap<String, NodeTunnel>,
 }
 
-impl Told {
+impl Tunnels {
     fn new() -> Self {
-        let config = IndexConfig {
-            cluster_domain: "cluster.local".to_owned(),
-            derive_endpoints: false,
-            complete: true,
-        };
-        Self { index: Index::new(config), tunnels: BTreeMap::new() }
+        Self { told: Told::of(NODE_TUNNEL_TYPE), tunnels: BTreeMap::new() }
     }
 
     fn apply(&mut self, object: Object) -> &mut Self {
-        self.index.apply(object);
+        self.told.index.apply(object);
         self.commit();
         self
     }
 
     fn keys(&mut self, node: &str, keys: &[TunnelKey]) -> &mut Self {
-        self.index.set_tunnel_keys(node, Some(keys.to_vec()));
+        self.told.index.set_tunnel_keys(node, Some(keys.to_vec()));
         self.commit();
         self
     }
 
     fn remove(&mut self, kind: Kind, namespace: &str, name: &str) -> &mut Self {
-        self.index.remove(&ObjectKey { kind, namespace: namespace.into(), name: name.into() });
+        self.told.remove(kind, namespace, name);
         self.commit();
         self
     }
 
     fn commit(&mut self) -> Delta {
-        let delta = self.index.commit();
-        for resource in &delta.upserts {
-            if let Resource::NodeTunnel(tunnel) = resource {
-                // What nodes would not understand must never be told.
-                let (type_url, name, bytes) = resource.encode();
-                assert_eq!(Resource::decode(type_url, &name, &bytes).as_ref(), Ok(resource));
-                self.tunnels.insert(name, tunnel.clone());
-            }
-        }
-        for (type_url, name) in &delta.removals {
-            if *type_url == NODE_TUNNEL_TYPE {
-                self.tunnels.remove(name).expect("it was never told");
-            }
-        }
+        let delta = self.told.commit();
+        let tunnel = |(name, resource): (&String, &Resource)| match resource {
+            Resource::NodeTunnel(tunnel) => (name.clone(), tunnel.clone()),
+            other => panic!("{other:?} is of another type"),
+        };
+        self.tunnels = self.told.resources.iter().map(tunnel).collect();
         delta
     }
 
@@ -67,7 +57,7 @@ impl Told {
 
     fn problems(&self, node: &str) -> String {
         let key = ObjectKey { kind: Kind::Node, namespace: "".into(), name: node.into() };
-        let problems = self.index.problems().get(&key).cloned().unwrap_or_default();
+        let problems = self.told.index.problems().get(&key).cloned().unwrap_or_default();
         problems.iter().map(|p| format!("{}: {}", p.field, p.message)).collect::<Vec<_>>().join("; ")
     }
 }
@@ -82,30 +72,13 @@ fn node(name: &str, addresses: &[&str], ranges: &[&str]) -> Object {
     })
 }
 
-fn pod(name: &str, node: &str, address: &str) -> Pod {
-    Pod {
-        uid: format!("uid-{name}").into(),
-        name: name.into(),
-        namespace: "shop".into(),
-        service_account: "default".into(),
-        node: node.into(),
-        addresses: vec![address.parse().unwrap()],
-        phase: Phase::Running,
-        ..Pod::default()
-    }
-}
-
-fn object(pod: Pod) -> Object {
-    Object::Pod(Box::new(pod))
-}
-
 fn key(generation: u64, byte: u8) -> TunnelKey {
     TunnelKey { generation, public_key: [byte; 32], ports: [51871, 51872] }
 }
 
 #[test]
 fn a_tunnel_is_told_when_key_and_node_are_there_and_goes_with_either() {
-    let mut told = Told::new();
+    let mut told = Tunnels::new();
     told.keys("a", &[key(1, 1)]);
     assert!(told.tunnels.is_empty(), "there is no such node yet");
     told.apply(node("a", &["192.0.2.1", "fd00::1"], &["10.1.1.0/24", "fd01:1::/64"]));
@@ -128,18 +101,18 @@ fn a_tunnel_is_told_when_key_and_node_are_there_and_goes_with_either() {
 
 #[test]
 fn nothing_is_told_again_that_did_not_change() {
-    let mut told = Told::new();
+    let mut told = Tunnels::new();
     told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);
-    told.index.apply(object(pod("web", "a", "10.1.1.7")));
+    told.told.index.apply(object(pod("web", "a", "10.1.1.7")));
     let delta = told.commit();
     assert!(!delta.upserts.iter().any(|r| matches!(r, Resource::NodeTunnel(_))), "{delta:?}");
-    told.index.set_tunnel_keys("a", Some(vec![key(1, 1)]));
+    told.told.index.set_tunnel_keys("a", Some(vec![key(1, 1)]));
     assert!(told.commit().is_empty());
 }
 
 #[test]
 fn without_ranges_or_with_pods_outside_of_them_the_pods_addresses_count() {
-    let mut told = Told::new();
+    let mut told = Tunnels::new();
     told.apply(node("a", &["192.0.2.1"], &[])).keys("a", &[key(1, 1)]);
     assert_eq!(told.ranges("a"), Vec::<String>::new());
     told.apply(object(pod("web", "a", "10.1.1.7"))).apply(object(pod("db", "a", "10.9.9.9")));
@@ -156,7 +129,7 @@ fn without_ranges_or_with_pods_outside_of_them_the_pods_addresses_count() {
 
 #[test]
 fn a_pod_elsewhere_within_anothers_range_is_told_beside_it() {
-    let mut told = Told::new();
+    let mut told = Tunnels::new();
     told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);
     told.apply(node("b", &["192.0.2.2"], &[])).keys("b", &[key(2, 2)]);
     told.apply(object(pod("web", "b", "10.1.1.7")));
@@ -169,7 +142,7 @@ fn a_pod_elsewhere_within_anothers_range_is_told_beside_it() {
 
 #[test]
 fn the_second_of_two_overlapping_nodes_is_refused_until_the_first_gives_way() {
-    let mut told = Told::new();
+    let mut told = Tunnels::new();
     told.apply(node("a", &["192.0.2.1"], &["10.1.0.0/16"])).keys("a", &[key(1, 1)]);
     told.apply(node("b", &["192.0.2.2"], &["10.1.2.0/24"])).keys("b", &[key(2, 2)]);
     assert_eq!(told.tunnels.keys().collect::<Vec<_>>(), ["a"]);
@@ -197,7 +170,7 @@ fn the_second_of_two_overlapping_nodes_is_refused_until_the_first_gives_way() {
 
 #[test]
 fn overlaps_are_found_among_many_whichever_is_the_wider_one() {
-    let mut told = Told::new();
+    let mut told = Tunnels::new();
     for i in 0..50 {
         let (name, range) = (format!("n{i:02}"), format!("10.1.{}.0/24", 2 * i));
         told.apply(node(&name, &[&format!("192.0.2.{}", i + 1)], &[&range, &format!("fd00:{i}::/64")]));
@@ -226,7 +199,7 @@ fn overlaps_are_found_among_many_whichever_is_the_wider_one() {
 
 #[test]
 fn a_range_with_a_nodes_address_in_it_would_swallow_the_tunnel_itself() {
-    let mut told = Told::new();
+    let mut told = Tunnels::new();
     told.apply(node("a", &["10.1.1.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);
     assert!(
         told.problems("a").contains("contains the node address 10.1.1.1, which is its own"),
@@ -242,7 +215,7 @@ fn a_range_with_a_nodes_address_in_it_would_swallow_the_tunnel_itself() {
 
 #[test]
 fn what_makes_no_sense_is_told_of_and_the_last_good_form_stays() {
-    let mut told = Told::new();
+    let mut told = Tunnels::new();
     told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);
     let Object::Node(mut odd) = node("a", &["192.0.2.1"], &[]) else { panic!() };
     odd.odd = vec![Invalid {
@@ -261,11 +234,11 @@ fn what_makes_no_sense_is_told_of_and_the_last_good_form_stays() {
 
 #[test]
 fn a_key_of_another_node_is_found_and_never_told_twice() {
-    let mut told = Told::new();
+    let mut told = Tunnels::new();
     told.apply(node("a", &["192.0.2.1"], &["10.1.1.0/24"])).keys("a", &[key(1, 1)]);
     told.apply(node("b", &["192.0.2.2"], &["10.1.2.0/24"]));
-    assert_eq!(told.index.tunnel_key_of_another("b", &[key(9, 1)]).map(|n| &**n), Some("a"));
-    assert_eq!(told.index.tunnel_key_of_another("a", &[key(1, 1)]), None);
+    assert_eq!(told.told.index.tunnel_key_of_another("b", &[key(9, 1)]).map(|n| &**n), Some("a"));
+    assert_eq!(told.told.index.tunnel_key_of_another("a", &[key(1, 1)]), None);
     // As when two replicas took it at the same time.
     told.keys("b", &[key(9, 1)]);
     assert_eq!(told.tunnels.keys().collect::<Vec<_>>(), ["a"]);

@@ -69,6 +69,23 @@ pub(crate) fn tunnel_until(node: &Node, what: &str, is: impl Fn(&Value) -> bool)
     reached.with_context(|| format!("{last:#}"))
 }
 
+/// The public key of a node's tunnel.
+pub(crate) fn key(report: &Value) -> Value {
+    report["tunnel"]["keys"][0]["public_key"].clone()
+}
+
+/// The key of a node's tunnel that runs.
+pub(crate) fn key_of(node: &Node) -> Result<Value> {
+    Ok(key(&tunnel_until(node, "a key", |report| key(report).is_string())?))
+}
+
+/// Waits until a node's tunnel has another key than this one, which other nodes know.
+pub(crate) fn another_key(node: &Node, before: &Value) -> Result<Value> {
+    tunnel_until(node, "another key", |report| {
+        key(report).is_string() && key(report) != *before && report["registration"] == "registered"
+    })
+}
+
 /// The first addresses of a node's range are its own: it looks from there how large packets may be on the way to other nodes.
 fn is_pod(address: IpAddr) -> bool {
     match address {
@@ -161,13 +178,10 @@ pub(crate) fn a_tunnel_that_dies_refuses_until_the_next_one_is_known_and_sends_n
         datagrams::udp(&stage.client, to, PORT, 100, CANARY)?.complete()?;
         let capture = Capture::start(&stage.mesh, 1, 2)?;
         let node = stage.mesh.node(1);
-        let before = report(node)?["tunnel"]["keys"][0]["public_key"].clone();
+        let before = key_of(node)?;
         let sender = datagrams::keep(&stage.client, to, PORT, CANARY)?;
         node.kill_tunnel()?;
-        tunnel_until(node, "another key", |report| {
-            let key = &report["tunnel"]["keys"][0]["public_key"];
-            key.is_string() && *key != before && report["registration"] == "registered"
-        })?;
+        another_key(node, &before)?;
         datagrams::answered(&sender, 200)?;
         let exchange = datagrams::end(sender)?;
         ensure!(exchange.answered < exchange.sent, "the tunnel was never away: {exchange:?}");

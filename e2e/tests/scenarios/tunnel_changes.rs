@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use testbed::{Capture, Node, wait};
 
 use crate::tunnel::{
-    CANARY, LIMIT, PORT, nothing_plain, report, stage_with, stage_with_tunnel, through_the_mesh, traces,
-    tunnel_until,
+    CANARY, LIMIT, PORT, another_key, key_of, nothing_plain, report, stage_with, stage_with_tunnel,
+    through_the_mesh, traces, tunnel_until,
 };
 
 /// An agent answers on the node, whether or not it gets ready.
@@ -118,12 +118,9 @@ pub(crate) fn what_somebody_takes_from_the_tunnel_comes_back_and_meanwhile_nothi
         wait::until("rules and routes as they were", LIMIT, || Ok((traces(node)? == before).then_some(())))?;
         datagrams::answered(&sender, 200)?;
 
-        let key = report(node)?["tunnel"]["keys"][0]["public_key"].clone();
+        let key = key_of(node)?;
         ip("link del sockmesh_wg")?;
-        tunnel_until(node, "another interface with another key", |report| {
-            let now = &report["tunnel"]["keys"][0]["public_key"];
-            now.is_string() && *now != key && report["registration"] == "registered"
-        })?;
+        another_key(node, &key)?;
         datagrams::answered(&sender, 200)?;
         let exchange = datagrams::end(sender)?;
         ensure!(exchange.answered < exchange.sent, "the tunnel was never away: {exchange:?}");
@@ -144,7 +141,7 @@ pub(crate) fn without_the_controller_an_agent_finds_its_tunnel_again_and_sends_n
         second.command("rotate-tunnel")?.output()?.ok()?;
         tunnel_until(second, "a rotation", |report| report["rotations"] == 1 && report["rotating"] == false)?;
         datagrams::udp(&stage.client, to, PORT, 100, CANARY)?.complete()?;
-        let key = report(second)?["tunnel"]["keys"][0]["public_key"].clone();
+        let key = key_of(second)?;
         let knows = |report: &Value| {
             let keys = &report["tunnel"]["peers"]["n2"]["sessions"];
             keys.as_array().is_some_and(|keys| keys.iter().any(|one| one["public_key"] == key))
@@ -172,7 +169,7 @@ pub(crate) fn without_the_controller_an_agent_finds_its_tunnel_again_and_sends_n
         stage.kill_node_proxy(first)?;
         let capture = Capture::start(&stage.mesh, 1, 2)?;
         launch_agent(stage, first)?;
-        tunnel_until(first, "a key", |report| report["tunnel"]["keys"][0]["public_key"].is_string())?;
+        key_of(first)?;
         datagrams::udp(&stage.client, to, PORT, 100, CANARY)?.unanswered()?;
         let captured = capture.finish()?;
         ensure!(captured.canary_bytes(CANARY) == 0, "plain text without the controller");

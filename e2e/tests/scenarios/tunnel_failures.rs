@@ -12,29 +12,13 @@ use serde_json::{Value, json};
 use testbed::{Capture, Node, wait};
 
 use crate::tunnel::{
-    CANARY, LIMIT, PORT, nothing_plain, stage_with, stage_with_tunnel, through_the_mesh, tunnel_until,
+    CANARY, LIMIT, PORT, another_key, key, key_of, nothing_plain, stage_with, stage_with_tunnel,
+    through_the_mesh, tunnel_until,
 };
 
 const REFUSES: &str = include_str!("../../programs/refuses.py");
 /// The first of the tunnels' UDP ports, and how many there are.
 const PORTS: (u16, u16) = (51_871, 4);
-
-/// The public key of a node's tunnel.
-fn key(report: &Value) -> Value {
-    report["tunnel"]["keys"][0]["public_key"].clone()
-}
-
-/// The key of a node's tunnel that runs.
-fn key_of(node: &Node) -> Result<Value> {
-    Ok(key(&tunnel_until(node, "a key", |report| key(report).is_string())?))
-}
-
-/// Waits until a node's tunnel has another key than this one, which other nodes know.
-fn another_key(node: &Node, before: &Value) -> Result<Value> {
-    tunnel_until(node, "another key", |report| {
-        key(report).is_string() && key(report) != *before && report["registration"] == "registered"
-    })
-}
 
 /// What the kernel keeps of a tunnel is gone, as after the start of a computer.
 fn forget_the_kernels_part(stage: &Stage, node: &Node) -> Result<()> {

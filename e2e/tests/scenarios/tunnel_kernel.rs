@@ -6,17 +6,13 @@ use serde_json::{Value, json};
 use testbed::{Capture, Node};
 
 use crate::tunnel::{
-    CANARY, PORT, hand_over, nothing_plain, report, stage_with, through_the_mesh, tunnel_until,
+    CANARY, PORT, hand_over, key, nothing_plain, report, stage_with, through_the_mesh, tunnel_until,
 };
 
 /// Why these cannot run; `None` if they can.
 fn missing() -> Option<Outcome> {
     let reason = wireguard::device::kernel::missing(&wireguard::device::kernel::Settings::default())?;
     Some(Outcome::Skipped(reason))
-}
-
-fn key(report: &Value) -> Value {
-    report["tunnel"]["keys"][0]["public_key"].clone()
 }
 
 /// The kernel's interfaces of a node's tunnel.

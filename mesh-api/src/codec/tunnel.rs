@@ -6,7 +6,7 @@ use bytes::Bytes;
 use ipnet::IpNet;
 
 use super::{
-    FieldError, address_to_wire, addresses_from_wire, cidrs_from_wire, cidrs_to_wire, port_from_wire,
+    FieldError, address_to_wire, addresses_from_wire, cidrs_to_wire, networks_from_wire, port_from_wire,
     required,
 };
 use crate::model::{MAX_TUNNEL_KEYS, NodeTunnel, TunnelKey};
@@ -91,12 +91,9 @@ pub(super) fn tunnel_from_wire(tunnel: pb::NodeTunnel) -> Result<NodeTunnel, Fie
     if addresses.is_empty() {
         return Err(FieldError::new("addresses", "a node without an address cannot be reached"));
     }
-    let pod_ranges = cidrs_from_wire(&tunnel.pod_ranges, "pod_ranges")?;
+    let pod_ranges = networks_from_wire(&tunnel.pod_ranges, "pod_ranges")?;
     for (i, range) in pod_ranges.iter().enumerate() {
         let bad = |problem: String| Err(FieldError::new(format!("pod_ranges[{i}]"), problem));
-        if range.trunc() != *range {
-            return bad(format!("{range} has bits beyond its prefix"));
-        }
         if let Some(inside) = addresses.iter().find(|address| range.contains(*address)) {
             return bad(format!("{range} contains the node's own address {inside}"));
         }

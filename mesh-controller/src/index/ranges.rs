@@ -1,9 +1,9 @@
-//! Addresses that nobody has but pods or services, told to all nodes so that none takes a pod that it has not heard of yet for somebody
-//! outside of the cluster.
+//! Addresses that nobody has but pods or services, told to all nodes so that none takes a pod that it has not heard of yet for
+//! somebody outside of the cluster.
 //!
-//! For services, that is what Kubernetes says (`ServiceCIDR`). For pods, it is the nodes' pod ranges, where the CNI uses them. Some give addresses of their own instead and leave the ranges to
-//! whoever has them: a node that has a pod elsewhere has no range, and neither has one without any pod while that is so on
-//! some other node.
+//! For services, that is what Kubernetes says (`ServiceCIDR`). For pods, it is the nodes' pod ranges, where the CNI uses them.
+//! Some give addresses of their own instead and leave the ranges to whoever has them: a node that has a pod elsewhere has no
+//! range, and neither has one without any pod while that is so on some other node.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -14,21 +14,13 @@ use mesh_api::model::{ADDRESS_RANGES_TYPE, AddressRanges, Resource};
 
 use super::{Delta, Index};
 
-/// Where a node's pods are; nowhere, if there is no such node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pods {
-    Nowhere,
-    None,
-    Inside,
-    Elsewhere,
-}
-
 /// What is told of ranges.
 #[derive(Debug, Default)]
 pub(super) struct Ranges {
     services: BTreeMap<Arc<str>, Vec<IpNet>>,
-    told_of_services: Vec<IpNet>,
-    told: BTreeMap<Arc<str>, Vec<IpNet>>,
+    /// By node; those of services by none.
+    told: BTreeMap<Option<Arc<str>>, Vec<IpNet>>,
+    /// Nodes without a pod that would tell whether their ranges are used, and nodes with one elsewhere.
     empty: BTreeSet<Arc<str>>,
     elsewhere: BTreeSet<Arc<str>>,
     dirty: BTreeSet<Arc<str>>,
@@ -53,38 +45,25 @@ impl Ranges {
         self.services.keys()
     }
 
-    fn commit_services(&mut self, delta: &mut Delta) {
-        let mut now: Vec<IpNet> = self.services.values().flatten().copied().collect();
+    /// Whether this node's are used, as far as its pods and those of others tell.
+    fn are_used(&self, node: &str) -> bool {
+        !self.elsewhere.contains(node) && (self.elsewhere.is_empty() || !self.empty.contains(node))
+    }
+
+    /// Makes these what is told of a node's pods, or of services.
+    fn tell(&mut self, node: Option<Arc<str>>, mut now: Vec<IpNet>, delta: &mut Delta) {
         now.sort_unstable();
         now.dedup();
-        if now == self.told_of_services {
+        if self.told.get(&node).map_or(&[][..], Vec::as_slice) == now {
             return;
         }
-        self.told_of_services.clone_from(&now);
-        delta.put_ranges(None, now);
-    }
-
-    fn note(&mut self, node: &Arc<str>, pods: Pods) {
-        let ranges_are_used = self.elsewhere.is_empty();
-        for (set, which) in [(&mut self.empty, Pods::None), (&mut self.elsewhere, Pods::Elsewhere)] {
-            if pods == which {
-                set.insert(node.clone());
-            } else {
-                set.remove(node);
-            }
-        }
-        if ranges_are_used != self.elsewhere.is_empty() {
-            self.dirty.extend(self.empty.iter().cloned());
-        }
-    }
-}
-
-impl Delta {
-    fn put_ranges(&mut self, node: Option<Arc<str>>, ranges: Vec<IpNet>) {
-        if ranges.is_empty() {
-            self.removals.push((ADDRESS_RANGES_TYPE, AddressRanges::name_of(node.as_deref())));
+        if now.is_empty() {
+            delta.removals.push((ADDRESS_RANGES_TYPE, AddressRanges::name_of(node.as_deref())));
+            self.told.remove(&node);
         } else {
-            self.upserts.push(Resource::AddressRanges(AddressRanges { node, ranges }));
+            let told = AddressRanges { node: node.clone(), ranges: now.clone() };
+            delta.upserts.push(Resource::AddressRanges(told));
+            self.told.insert(node, now);
         }
     }
 }
@@ -92,47 +71,38 @@ impl Delta {
 impl Index {
     /// Tells of ranges that changed.
     pub(super) fn commit_ranges(&mut self, delta: &mut Delta) {
-        self.ranges.commit_services(delta);
+        let services = self.ranges.services.values().flatten().copied().collect();
+        self.ranges.tell(None, services, delta);
         // Whether nodes without pods have ranges depends on all the others, so where pods are is found out first.
         let mut dirty = std::mem::take(&mut self.ranges.dirty);
-        for name in &dirty {
-            let pods = self.pods_of_node(name);
-            self.ranges.note(name, pods);
+        let were_used = self.ranges.elsewhere.is_empty();
+        dirty.iter().for_each(|name| self.look_for_pods(name));
+        if were_used != self.ranges.elsewhere.is_empty() {
+            dirty.extend(self.ranges.empty.iter().cloned());
         }
-        dirty.append(&mut self.ranges.dirty);
         for name in dirty {
-            let ranges = self.nodes.get(&name).map_or(&[][..], |node| &node.pod_ranges);
-            let of_pods_alone = |range: &&IpNet| !self.tunnels.has_node_in(range);
-            let mut now: Vec<IpNet> = match self.pods_of_node(&name) {
-                Pods::Nowhere | Pods::Elsewhere => Vec::new(),
-                Pods::None if !self.ranges.elsewhere.is_empty() => Vec::new(),
-                Pods::None | Pods::Inside => ranges.iter().filter(of_pods_alone).copied().collect(),
-            };
-            now.sort_unstable();
-            now.dedup();
-            let before = self.ranges.told.get(&name).map_or(&[][..], Vec::as_slice);
-            if now == before {
-                continue;
-            }
-            if now.is_empty() {
-                self.ranges.told.remove(&name);
-            } else {
-                self.ranges.told.insert(name.clone(), now.clone());
-            }
-            delta.put_ranges(Some(name), now);
+            let ranges = self.nodes.get(&name).filter(|_| self.ranges.are_used(&name));
+            let ranges = ranges.into_iter().flat_map(|node| &node.pod_ranges);
+            let of_pods_alone = ranges.filter(|range| !self.tunnels.has_node_in(range)).copied().collect();
+            self.ranges.tell(Some(name), of_pods_alone, delta);
         }
     }
 
-    fn pods_of_node(&self, name: &Arc<str>) -> Pods {
-        let Some(node) = self.nodes.get(name) else { return Pods::Nowhere };
-        let inside = |pod: &IpAddr| node.pod_ranges.iter().any(|range| range.contains(pod));
-        let addresses = self.pods.addresses_on(name);
-        if node.pod_ranges.is_empty() || addresses.is_empty() {
-            Pods::None
-        } else if addresses.iter().all(inside) {
-            Pods::Inside
-        } else {
-            Pods::Elsewhere
+    /// Notes where a node's pods are.
+    fn look_for_pods(&mut self, name: &Arc<str>) {
+        let (mut is_empty, mut is_elsewhere) = (false, false);
+        if let Some(node) = self.nodes.get(name) {
+            let inside = |pod: &IpAddr| node.pod_ranges.iter().any(|range| range.contains(pod));
+            let addresses = self.pods.addresses_on(name);
+            is_empty = node.pod_ranges.is_empty() || addresses.is_empty();
+            is_elsewhere = !is_empty && !addresses.iter().all(inside);
+        }
+        for (set, is_in) in [(&mut self.ranges.empty, is_empty), (&mut self.ranges.elsewhere, is_elsewhere)] {
+            if is_in {
+                set.insert(name.clone());
+            } else {
+                set.remove(name);
+            }
         }
     }
 

@@ -97,11 +97,8 @@ impl Store {
             ]);
         }
         check(&upserts, removals)?;
-        let of_ranges = |resource: &Resource| matches!(resource, Resource::AddressRanges(_));
-        let ranges_change = full
-            || upserts.iter().any(of_ranges)
-            || removals.iter().any(|r| r.type_url == ADDRESS_RANGES_TYPE);
         let mut next = Change { state: old.as_deref().cloned().unwrap_or_default(), publish: Vec::new() };
+        let ranges = Arc::clone(&next.state.ranges);
         if full {
             next.retain(&upserts);
         }
@@ -128,7 +125,7 @@ impl Store {
                 Resource::AddressRanges(ranges) => Arc::make_mut(&mut next.state.ranges).set(ranges),
             }
         }
-        if ranges_change {
+        if !Arc::ptr_eq(&ranges, &next.state.ranges) {
             Arc::make_mut(&mut next.state.ranges).index();
         }
         // Identities need the trust domain, so trust goes first.
