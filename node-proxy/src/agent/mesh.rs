@@ -241,8 +241,7 @@ impl Mesh {
 
     /// What is known of them, for the disk.
     pub(super) fn export_tunnels(&self) -> Vec<(&'static str, String, Stored)> {
-        let of_tunnels = self.resources.iter().filter(|((type_url, _), _)| *type_url == NODE_TUNNEL_TYPE);
-        of_tunnels.map(|((type_url, name), stored)| (*type_url, name.clone(), stored.clone())).collect()
+        self.export_those(|type_url| type_url == NODE_TUNNEL_TYPE)
     }
 
     /// The tunnel of this node.
@@ -357,10 +356,12 @@ impl Mesh {
 
     /// Everything, for the disk. Cheap: the bytes are shared.
     pub(super) fn export(&self) -> Vec<(&'static str, String, Stored)> {
-        self.resources
-            .iter()
-            .map(|((type_url, name), stored)| (*type_url, name.clone(), stored.clone()))
-            .collect()
+        self.export_those(|_| true)
+    }
+
+    fn export_those(&self, of: impl Fn(&str) -> bool) -> Vec<(&'static str, String, Stored)> {
+        let all = self.resources.iter().filter(|((type_url, _), _)| of(type_url));
+        all.map(|((type_url, name), stored)| (*type_url, name.clone(), stored.clone())).collect()
     }
 
     /// The decoded resources, for people.

@@ -469,6 +469,16 @@ async fn follow_refused(agent: Arc<Agent>) {
     }
 }
 
+/// Writes on a thread where that holds nobody up.
+async fn on_disk(
+    agent: &Agent,
+    write: impl FnOnce(&Disk) -> std::io::Result<()> + Send + 'static,
+) -> std::io::Result<()> {
+    let disk = agent.disk.clone();
+    let written = tokio::task::spawn_blocking(move || write(&disk)).await;
+    written.map_err(std::io::Error::other).and_then(|written| written)
+}
+
 async fn save_config(agent: &Agent) {
     let resources = {
         let state = agent.state.lock();
@@ -477,10 +487,7 @@ async fn save_config(agent: &Agent) {
         }
         state.mesh.export()
     };
-    let disk = agent.disk.clone();
-    let saved = tokio::task::spawn_blocking(move || disk.save_config(resources)).await;
-    let saved = saved.map_err(std::io::Error::other).and_then(|saved| saved);
-    if let Err(error) = saved {
+    if let Err(error) = on_disk(agent, move |disk| disk.save_config(resources)).await {
         tracing::error!(
             %error,
             "the configuration is not on disk; a restart without the controller would miss it. Make room there; it is \
@@ -531,9 +538,7 @@ async fn save_tunnels(agent: Arc<Agent>) {
             };
             saved = revision;
             let bytes = tunnels.iter().map(|(_, _, stored)| stored.value.len()).sum();
-            let disk = agent.disk.clone();
-            let written = tokio::task::spawn_blocking(move || disk.save_tunnels(tunnels)).await;
-            if let Err(error) = written.map_err(std::io::Error::other).and_then(|written| written) {
+            if let Err(error) = on_disk(&agent, move |disk| disk.save_tunnels(tunnels)).await {
                 tracing::error!(
                     %error,
                     "what is known of the nodes' tunnels is not on disk; a restart without the controller would begin with \

@@ -145,7 +145,7 @@ impl KernelLink {
         let Some(device) = self.device.clone() else {
             return Err(refused(anyhow::anyhow!("is not configured yet")));
         };
-        let asked = blocking(move || (f(&device), device.status().interfaces, device.routes()));
+        let asked = blocking(move || (f(&device), device.interfaces(), device.routes()));
         let (answer, interfaces, routes) = asked.await.map_err(LinkError::Lost)?;
         (self.interfaces, self.routes) = (interfaces, routes);
         Ok(answer)

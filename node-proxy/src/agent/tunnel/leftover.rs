@@ -13,8 +13,7 @@ use wireguard::device::kernel as device;
 use super::kernel;
 use super::link::{Link, TunnelLink};
 use super::others::Others;
-use crate::agent::Agent;
-use crate::agent::process;
+use crate::agent::{Agent, process, takeover};
 use crate::child::Role;
 
 /// How long its keys stay registered beside this one's, so that other nodes can agree on sessions with this one.
@@ -142,12 +141,7 @@ impl Leftover {
                 let settings = settings.clone();
                 kernel::blocking(move || device::remove(&settings)).await??;
             }
-            What::Process(path) => {
-                if let Some(stream) = process::find(path).await? {
-                    process::end(super::pid_of(stream).await?).await?;
-                }
-                process::remove_socket(path)?;
-            }
+            What::Process(path) => takeover::end_at(Role::Tunnel, path).await?,
         }
         Ok(())
     }

@@ -1,9 +1,13 @@
 //! Whatever an agent may say.
 
+use std::io::Write;
+use std::net::Shutdown;
+
 use proptest::prelude::*;
 use prost::Message as _;
 
 use super::*;
+use crate::ipc::blocking::recv_frame;
 use crate::ipc::proto::{
     TunnelAnnounced, TunnelHello, TunnelNewKey, TunnelPeer, TunnelPeerKey, TunnelQuery, TunnelRange,
 };
@@ -102,6 +106,75 @@ proptest! {
                 }
             }
             prop_assert!(state.keys.len() <= MAX_KEYS && state.opened.is_none());
+        }
+    }
+}
+
+fn hello(control: &Control) -> FromTunnel {
+    let hello = ToTunnel { id: 7, message: Some(Message::Hello(TunnelHello {})) };
+    control.0.lock().answer(hello, Vec::new()).expect("a hello is always answered")
+}
+
+proptest! {
+    #[test]
+    fn whatever_an_agent_says_is_answered_or_refused_and_no_key_is_made_or_lost_by_it(
+        messages in proptest::collection::vec(message(), 0..30),
+    ) {
+        let control = Control::default();
+        for message in messages {
+            let before = hello(&control).keys;
+            let answer = control.0.lock().answer(ToTunnel { id: 1, message: message.clone() }, Vec::new());
+            let after = hello(&control).keys;
+            prop_assert!(after.len() <= MAX_KEYS);
+            match (&message, &answer) {
+                (Some(Message::NewKey(new)), Ok(answer)) => {
+                    prop_assert_eq!(after.len(), before.len() + 1);
+                    prop_assert!(answer.keys.iter().any(|key| key.generation == new.generation));
+                }
+                (Some(Message::Announced(now)), Ok(_)) => {
+                    let told = |key: &TunnelOwnKey| key.announced == now.generations.contains(&key.generation);
+                    prop_assert!(after.iter().all(told));
+                }
+                // Nothing was ever opened.
+                (Some(Message::Apply(_) | Message::Query(_) | Message::Open(_)) | None, answer) => {
+                    prop_assert!(answer.is_err());
+                    prop_assert_eq!(after, before);
+                }
+                _ => prop_assert_eq!(after, before),
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_comes_over_the_socket_ends_at_most_its_own_connection(
+        noise in proptest::collection::vec(any::<u8>(), 0..200),
+        head in proptest::option::of((any::<u32>(), 0..3_u32)),
+        message in message(),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let mut frame = ToTunnel { id: 3, message }.encode_to_vec();
+        frame.truncate(cut.index(frame.len() + 1));
+        let mut framed = (frame.len() as u32).to_be_bytes().to_vec();
+        framed.extend([0; 4]);
+        framed.extend(frame);
+        let mut hostile: Vec<u8> = Vec::new();
+        if let Some((length, descriptors)) = head {
+            hostile.extend(length.to_be_bytes());
+            hostile.extend(descriptors.to_be_bytes());
+        }
+        hostile.extend(noise);
+        let control = Control::default();
+        for bytes in [framed, hostile] {
+            let (mut agent, process) = UnixStream::pair().unwrap();
+            agent.write_all(&bytes).unwrap();
+            agent.shutdown(Shutdown::Write).unwrap();
+            // An error is the end of this connection.
+            let _ = control.serve(&process);
+            drop(process);
+            while let Ok(Some((answer, _))) = recv_frame::<FromTunnel>(&agent) {
+                prop_assert!(answer.opened.is_none());
+            }
+            prop_assert_eq!(hello(&control).pid, std::process::id());
         }
     }
 }

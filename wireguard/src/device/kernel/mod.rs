@@ -125,6 +125,11 @@ impl KernelDevice {
         self.state.lock().eager = eager;
     }
 
+    /// Names of the interfaces that there should be.
+    pub fn interfaces(&self) -> Vec<String> {
+        self.state.lock().interfaces(&self.settings)
+    }
+
     /// The interface through which packets to each node go now, as [`Tunnel::routes_via`], and whether there is a session on
     /// it.
     pub fn routes(&self) -> BTreeMap<String, (String, bool)> {
@@ -200,7 +205,7 @@ impl Tunnel for KernelDevice {
         }
         TunnelStatus {
             mode: Mode::Kernel,
-            interfaces: state.plan.interfaces.keys().map(|number| self.settings.name(*number)).collect(),
+            interfaces: state.interfaces(&self.settings),
             port: self.settings.port,
             mtu: state.mtu,
             own_keys: state.plan.own.iter().rev().map(|(generation, key)| (*generation, *key)).collect(),
@@ -219,6 +224,10 @@ impl Tunnel for KernelDevice {
 }
 
 impl State {
+    fn interfaces(&self, settings: &Settings) -> Vec<String> {
+        self.plan.interfaces.keys().map(|number| settings.name(*number)).collect()
+    }
+
     /// What the kernel says of each peer of each interface.
     fn seen(&mut self, settings: &Settings) -> Seen {
         let mut seen = BTreeMap::new();
