@@ -76,7 +76,13 @@ pub(crate) fn the_nodes_that_stay_send_nothing_into_the_tunnel_of_one_that_is_un
         let [first, second] = [stage.mesh.node(1), stage.mesh.node(2)];
         let to = addresses(&stage.far);
         datagrams::udp(&stage.client, to[0], PORT, 100, CANARY)?.complete()?;
+        let sender = datagrams::keep(&stage.client, to[0], PORT, CANARY)?;
+        datagrams::answered(&sender, 20)?;
         stage.uninstall(second)?;
+        datagrams::answered(&sender, 20)?;
+        // Answers come from the node that leaves.
+        let meanwhile = datagrams::end(sender)?;
+        ensure!(meanwhile.answered * 100 >= meanwhile.sent * 99, "lost on the way out: {meanwhile:?}");
         // They heard of it before the tunnel went.
         for to in to {
             datagrams::udp(&stage.client, to, PORT, 100, CANARY)?.complete()?;

@@ -5,8 +5,7 @@
 //! nothing, and keys stay [`Registration::Pending`].
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tonic::Code;
@@ -46,8 +45,8 @@ struct Told {
     report: watch::Sender<Option<NodeReport>>,
     keys: watch::Sender<Option<Vec<TunnelKey>>>,
     registration: watch::Sender<Registration>,
-    /// The node leaves the mesh; it registers no key any more.
-    leaves: AtomicBool,
+    /// The node leaves the mesh; until then it registers no key.
+    leaves_until: watch::Sender<Option<Instant>>,
 }
 
 /// Where a node's parts put what the controller shall know; clones are the same one.
@@ -60,7 +59,7 @@ impl Default for Reporter {
             report: watch::Sender::default(),
             keys: watch::Sender::default(),
             registration: watch::Sender::default(),
-            leaves: AtomicBool::new(false),
+            leaves_until: watch::Sender::default(),
         }))
     }
 }
@@ -91,14 +90,17 @@ impl Reporter {
         }
     }
 
-    /// Takes the tunnel back for good: whatever is registered from now on, the node has none.
-    pub fn take_tunnel_back(&self) {
-        self.0.leaves.store(true, Ordering::Release);
+    /// Takes the tunnel back: whatever is registered, the node has none for so long. Keys that are registered after that
+    /// count again, for a node that did not leave after all is to have its tunnel back.
+    pub fn take_tunnel_back(&self, patience: Duration) {
+        self.0.leaves_until.send_replace(Instant::now().checked_add(patience));
         self.register_tunnel_keys(Vec::new());
     }
 
-    fn leaves(&self) -> bool {
-        self.0.leaves.load(Ordering::Acquire)
+    /// Whether the tunnel was taken back, and that is not over.
+    #[must_use]
+    pub fn leaves(&self) -> bool {
+        self.0.leaves_until.borrow().is_some_and(|until| Instant::now() < until)
     }
 
     /// Tells no keys any more; the controller keeps those that it has.
@@ -248,14 +250,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_that_leaves_has_no_tunnel_whatever_its_parts_go_on_saying() {
+    fn a_node_that_leaves_has_no_tunnel_whatever_its_parts_go_on_saying_unless_it_stays_after_all() {
         let reporter = Reporter::default();
         let key = TunnelKey { generation: 1, public_key: [1; 32], ports: [1, 1] };
         reporter.register_tunnel_keys(vec![key]);
         assert_eq!(reporter.0.keys.borrow().as_deref(), Some(&[key][..]));
-        reporter.take_tunnel_back();
+        reporter.take_tunnel_back(Duration::from_secs(3600));
         reporter.register_tunnel_keys(vec![key]);
         reporter.forget_tunnel_keys();
+        assert!(reporter.leaves());
         assert_eq!(reporter.0.keys.borrow().as_deref(), Some(&[][..]));
+        // Who wanted it to leave is not heard of any more.
+        reporter.take_tunnel_back(Duration::ZERO);
+        assert!(!reporter.leaves());
+        reporter.register_tunnel_keys(vec![key]);
+        assert_eq!(reporter.0.keys.borrow().as_deref(), Some(&[key][..]));
     }
 }

@@ -1,5 +1,6 @@
 //! The end of the tunnel of a node that leaves the mesh. The other nodes hear of it while it still works, so that they do not
-//! send into a tunnel that is no more until the controller misses the agent.
+//! send into a tunnel that is no more until the controller misses the agent. This node's own packets go past the tunnel
+//! before that, for the others have its keys no longer than until they hear.
 
 use std::time::Duration;
 
@@ -12,8 +13,10 @@ use super::Agent;
 const LIMIT: Duration = Duration::from_secs(10);
 /// How long after this node heard of it the others have changed their routes.
 const FOLLOWED: Duration = Duration::from_secs(2);
+/// A node that still has its agent so long after it began to leave does not leave: the tunnel is taken up again.
+const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Takes the tunnel back for good. When this returns, the other nodes send what is for this one past it, or refuse it.
+/// Takes the tunnel back. When this returns, the other nodes send what is for this one past it, or refuse it.
 ///
 /// # Errors
 /// When the controller was not told.
@@ -25,7 +28,7 @@ pub(in crate::agent) async fn leave(agent: &Agent) -> anyhow::Result<String> {
     let reporter = &agent.controller.reporter;
     let mut registration = reporter.registration();
     let mut changes = agent.changed.subscribe();
-    reporter.take_tunnel_back();
+    reporter.take_tunnel_back(PATIENCE);
     let told = async {
         let ended = |said: &Registration| matches!(said, Registration::None | Registration::Refused(_));
         if let Registration::Refused(why) = &*registration.wait_for(ended).await.context("the agent ends")? {

@@ -195,7 +195,11 @@ impl Surroundings {
         self.was_known.get_or_insert(self.known);
         if self.known {
             self.last = Some(tunnels.clone());
-        } else if let Some(last) = &self.last {
+        }
+        if self.agent.controller.reporter.leaves() {
+            // The others still send into the tunnel, and will hear; what comes out of it by then they would not take.
+            tunnels.this = None;
+        } else if let (false, Some(last)) = (self.known, &self.last) {
             // Nobody takes a tunnel back that this node wants: its pods' packets do not go out in plain for it.
             tunnels.clone_from(last);
         }
