@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! config            last good resources: magic, checksum, protobuf
-//! tunnels           those of them that are about tunnels between nodes, in the same form; the newer one counts
+//! tunnels           what is known of tunnels between nodes, in the same form
 //! cni.json          who is in the mesh, for the CNI plugin
 //! cni-socket        the socket that this agent's entry in a chain of CNI plugins names
 //! pods.json         enrolled pods: UID, path and cookie of the network namespace
@@ -200,7 +200,7 @@ impl Disk {
         }
     }
 
-    /// Keeps the resources.
+    /// Keeps the resources, of which those of tunnels are in a file of their own.
     ///
     /// # Errors
     /// With the path.
@@ -208,13 +208,21 @@ impl Disk {
         self.save(&self.dir.join("config"), resources)
     }
 
-    /// Keeps what is known of tunnels between nodes. It is small where all else is large and written seldom: with keys of
+    /// Keeps what is known of tunnels between nodes. That is small where all else is large and written seldom: with keys of
     /// half a minute ago an agent would take working sessions from its tunnel.
     ///
     /// # Errors
     /// With the path.
     pub(super) fn save_tunnels(&self, resources: Vec<(&'static str, String, Stored)>) -> io::Result<()> {
         self.save(&self.dir.join("tunnels"), resources)
+    }
+
+    /// Forgets what was known of tunnels.
+    ///
+    /// # Errors
+    /// With the path.
+    pub(super) fn forget_tunnels(&self) -> io::Result<()> {
+        self.remove(&self.dir.join("tunnels"))
     }
 
     fn save(&self, path: &Path, resources: Vec<(&'static str, String, Stored)>) -> io::Result<()> {
@@ -242,26 +250,17 @@ impl Disk {
     /// # Errors
     /// When the file is unreadable, damaged, or of another form.
     pub(super) fn load_config(&self) -> io::Result<Changes> {
-        let (config, tunnels) = (self.dir.join("config"), self.dir.join("tunnels"));
-        let mut changes = Self::load(&config)?;
-        let is_newer =
-            || Ok::<_, io::Error>(fs::metadata(&tunnels)?.modified()? >= fs::metadata(&config)?.modified()?);
-        // Without a whole configuration nothing is begun with, and an agent of before wrote no file of tunnels alone.
-        if changes.upserts.is_empty() || !is_newer().unwrap_or(false) {
-            return Ok(changes);
-        }
-        match Self::load(&tunnels) {
-            Ok(newer) => {
-                changes.upserts.retain(|(resource, _)| !matches!(resource, Resource::NodeTunnel(_)));
-                changes.upserts.extend(newer.upserts);
-            }
-            Err(error) => tracing::warn!(%error, "starting from what was known of tunnels a while ago"),
+        let Some(mut changes) = Self::load(&self.dir.join("config"))? else { return Ok(Changes::default()) };
+        if let Some(tunnels) = Self::load(&self.dir.join("tunnels"))? {
+            // Some were in the other file once.
+            changes.upserts.retain(|(resource, _)| !matches!(resource, Resource::NodeTunnel(_)));
+            changes.upserts.extend(tunnels.upserts);
         }
         Ok(changes)
     }
 
-    fn load(path: &Path) -> io::Result<Changes> {
-        let Some(bytes) = Self::read(path)? else { return Ok(Changes::default()) };
+    fn load(path: &Path) -> io::Result<Option<Changes>> {
+        let Some(bytes) = Self::read(path)? else { return Ok(None) };
         let damaged = |what: &str| io::Error::other(format!("{} {what}", path.display()));
         let rest = bytes.strip_prefix(MAGIC).ok_or_else(|| damaged("is of another form"))?;
         let end = memchr::memchr(b'\n', rest).ok_or_else(|| damaged("is cut short"))?;
@@ -278,7 +277,7 @@ impl Disk {
             let resource = Resource::decode(&r.type_url, &r.name, &r.value).map_err(io::Error::other)?;
             changes.upserts.push((resource, r.version));
         }
-        Ok(changes)
+        Ok(Some(changes))
     }
 
     /// Keeps the list of enrolled pods.
@@ -436,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_of_tunnels_is_as_new_as_the_newer_of_both_files() {
+    fn what_is_known_of_tunnels_is_as_new_as_its_own_file_whatever_the_clock_says() {
         let (dir, disk) = disk();
         let tunnel = |node: &str, generation| {
             let key = TunnelKey { generation, public_key: [1; 32], ports: [1, 1] };
@@ -448,29 +447,31 @@ mod tests {
         let mut known = mesh();
         let upserts = [tunnel("n1", 1), tunnel("n2", 1)].map(|tunnel| (tunnel, "v1".to_owned()));
         known.apply(Changes { upserts: upserts.into(), removals: Vec::new() });
+        disk.save_tunnels(known.export_tunnels()).unwrap();
         disk.save_config(known.export()).unwrap();
+
+        let generations = || -> std::io::Result<Vec<(String, u64)>> {
+            let mut again = Mesh::new("n1".to_owned());
+            again.apply(disk.load_config()?);
+            assert!(again.local("a").is_some() && again.trust().is_some());
+            let all = again.tunnels();
+            let all = all.this.iter().chain(&all.others);
+            Ok(all.map(|t| (t.node.to_string(), t.keys[0].generation)).collect())
+        };
+        assert_eq!(generations().unwrap(), [("n1".to_owned(), 1), ("n2".to_owned(), 1)]);
         let removals = vec![(NODE_TUNNEL_TYPE, "n1".to_owned())];
         known.apply(Changes { upserts: vec![(tunnel("n2", 2), "v2".to_owned())], removals });
         disk.save_tunnels(known.export_tunnels()).unwrap();
-
-        let generations = || -> Vec<(String, u64)> {
-            let mut again = Mesh::new("n1".to_owned());
-            again.apply(disk.load_config().unwrap());
-            assert!(again.local("a").is_some() && again.trust().is_some());
-            let all = again.tunnels();
-            all.this.iter().chain(&all.others).map(|t| (t.node.to_string(), t.keys[0].generation)).collect()
-        };
-        assert_eq!(generations(), [("n2".to_owned(), 2)]);
-        // As an agent leaves it that knows no file of tunnels alone.
-        let before = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
         let tunnels = dir.path().join("state/tunnels");
+        let before = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
         File::options().write(true).open(&tunnels).unwrap().set_modified(before).unwrap();
-        assert_eq!(generations(), [("n1".to_owned(), 1), ("n2".to_owned(), 1)]);
-        // Half a file is none.
-        disk.save_tunnels(known.export_tunnels()).unwrap();
+        assert_eq!(generations().unwrap(), [("n2".to_owned(), 2)]);
+        // Who takes half a file for no tunnels sends in clear text.
         let good = fs::read(&tunnels).unwrap();
         fs::write(&tunnels, &good[..good.len() - 1]).unwrap();
-        assert_eq!(generations(), [("n1".to_owned(), 1), ("n2".to_owned(), 1)]);
+        assert!(generations().unwrap_err().to_string().contains("tunnels"));
+        disk.forget_tunnels().unwrap();
+        assert_eq!(generations().unwrap(), []);
     }
 
     #[test]

@@ -354,9 +354,9 @@ impl Mesh {
             .collect()
     }
 
-    /// Everything, for the disk. Cheap: the bytes are shared.
+    /// Everything but tunnels, for the disk. Cheap: the bytes are shared.
     pub(super) fn export(&self) -> Vec<(&'static str, String, Stored)> {
-        self.export_those(|_| true)
+        self.export_those(|type_url| type_url != NODE_TUNNEL_TYPE)
     }
 
     fn export_those(&self, of: impl Fn(&str) -> bool) -> Vec<(&'static str, String, Stored)> {
@@ -514,7 +514,7 @@ pub(super) mod tests {
         assert_eq!((told.upsert.len(), told.remove.len()), (1, 0));
         mesh.apply(changes);
         assert_eq!(mesh.full().upsert.len(), 1);
-        assert_eq!((mesh.known().len(), mesh.export().len()), (2, 2));
+        assert_eq!((mesh.known().len(), mesh.export().len(), mesh.export_tunnels().len()), (2, 1, 1));
         assert_eq!(mesh.dump().map(|all| all.contains(&tunnel())), Ok(true));
 
         let gone = Changes { upserts: Vec::new(), removals: vec![(NODE_TUNNEL_TYPE, "n2".to_owned())] };

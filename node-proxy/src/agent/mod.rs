@@ -480,14 +480,22 @@ async fn on_disk(
 }
 
 async fn save_config(agent: &Agent) {
-    let resources = {
+    let (resources, tunnels) = {
         let state = agent.state.lock();
         if !state.mesh.is_complete() {
             return;
         }
-        state.mesh.export()
+        (state.mesh.export(), agent.config.wireguard.enabled.then(|| state.mesh.export_tunnels()))
     };
-    if let Err(error) = on_disk(agent, move |disk| disk.save_config(resources)).await {
+    let write = move |disk: &Disk| {
+        // Who begins with a configuration and no tunnels sends in clear text.
+        match tunnels {
+            Some(tunnels) => disk.save_tunnels(tunnels)?,
+            None => disk.forget_tunnels()?,
+        }
+        disk.save_config(resources)
+    };
+    if let Err(error) = on_disk(agent, write).await {
         tracing::error!(
             %error,
             "the configuration is not on disk; a restart without the controller would miss it. Make room there; it is \
@@ -542,7 +550,7 @@ async fn save_tunnels(agent: Arc<Agent>) {
                 tracing::error!(
                     %error,
                     "what is known of the nodes' tunnels is not on disk; a restart without the controller would begin with \
-                     keys of before. Make room there"
+                     keys of before. Make room there; it is written again every node.reconcile"
                 );
             }
             tokio::time::sleep(save_delay(bytes)).await;
