@@ -56,6 +56,15 @@ impl Peer {
         }
         None
     }
+
+    /// Whether packets would go now.
+    fn has_session(&self) -> bool {
+        self.slots.iter().filter_map(Slot::known).any(|pair| pair.live.load(Ordering::Relaxed))
+    }
+
+    fn newest_key(&self) -> Option<&PublicKey> {
+        self.slots.first().map(|slot| &slot.key.public)
+    }
 }
 
 pub(super) struct Config {
@@ -86,6 +95,16 @@ impl Config {
         let peer = self.owner(public)?;
         let slot = peer.slots.iter().find(|s| s.key.public == *public && s.own.key == own.key)?;
         Some(slot.pair(device, &peer.node).clone())
+    }
+
+    /// Nodes with a session that have another newest key than in the configuration `before` this one. They wait for a session
+    /// with it before they give up the old one, also when nobody sends.
+    pub(super) fn with_next_key<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = &'a Arc<Peer>> {
+        let is_next = |(name, peer): &(&String, &Arc<Peer>)| {
+            let had = before.peers.get(*name).and_then(|peer| peer.newest_key());
+            had.is_some() && had != peer.newest_key() && peer.has_session()
+        };
+        self.peers.iter().filter(is_next).map(|(_, peer)| peer)
     }
 
     /// All pairs that have been used.

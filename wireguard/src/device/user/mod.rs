@@ -266,6 +266,11 @@ impl Device {
         drop(retired);
         let table = self.table.read();
         self.active.lock().retain(|pair| table.contains_key(&pair.index));
+        drop(table);
+        let config = self.config.load();
+        config.with_next_key(&before).for_each(|peer| {
+            peer.sender(self);
+        });
         conflicts
     }
 
