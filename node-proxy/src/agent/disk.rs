@@ -91,6 +91,7 @@ struct Health {
     others: AtomicBool,
     /// What could not be written and still is not, by file.
     unwritten: Mutex<BTreeMap<PathBuf, String>>,
+    turn: tokio::sync::Mutex<()>,
 }
 
 /// The state directory. A disk that takes nothing more stops nothing: what is not written is still in memory, and is
@@ -198,6 +199,12 @@ impl Disk {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(about(path, "remove", &e)),
             _ => Ok(()),
         }
+    }
+
+    /// Waits until nobody else writes what is known, of which some is in two hands. Who has its turn looks at what there is to
+    /// write then, so that nothing newer is overwritten.
+    pub(super) async fn turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.health.turn.lock().await
     }
 
     /// Keeps the resources, of which those of tunnels are in a file of their own.

@@ -480,6 +480,7 @@ async fn on_disk(
 }
 
 async fn save_config(agent: &Agent) {
+    let _turn = agent.disk.turn().await;
     let (resources, tunnels) = {
         let state = agent.state.lock();
         if !state.mesh.is_complete() {
@@ -540,6 +541,7 @@ async fn save_tunnels(agent: Arc<Agent>) {
         if complete && revision != saved {
             // Pods' addresses may be among it, and pods come and go in numbers.
             tokio::time::sleep(SAVE_DELAY).await;
+            let turn = agent.disk.turn().await;
             let (revision, tunnels) = {
                 let state = agent.state.lock();
                 (state.mesh.tunnels_revision(), state.mesh.export_tunnels())
@@ -553,6 +555,7 @@ async fn save_tunnels(agent: Arc<Agent>) {
                      keys of before. Make room there; it is written again every node.reconcile"
                 );
             }
+            drop(turn);
             tokio::time::sleep(save_delay(bytes)).await;
             continue;
         }
