@@ -228,13 +228,41 @@ def tunnel_labelled(story):
     return f"{len(tunnelled)} packets of the tunnel"
 
 
+def between_nodes():
+    """What is on the wire of a process of node1 that asks one of node2 for a page: packets in clear text, and of the tunnel."""
+    wire = Capture("host 10.99.0.11 and host 10.99.0.12")
+    try:
+        expect("sockmesh_" in on("node1", "curl", "-sf", "-m", "5", "http://10.99.0.12:15020/metrics"), "no page of node2")
+        time.sleep(0.5)
+        wire.end()
+        return [wire.packets(which) for which in ["tcp port 15020", TUNNEL]]
+    finally:
+        wire.stop()
+
+
+def tunnel_nodes(story):
+    "with wireguard.nodeTraffic what processes of nodes say to each other crosses inside it; API server and kubelets go on as before"
+    clear, _ = between_nodes()
+    expect(clear, "what is looked for on the wire is not found there")
+    upgrade(enabled="true", nodeTraffic="true")
+    until("every node has a tunnel to every other one", connected)
+    until("what nodes say is inside", lambda: not between_nodes()[0])
+    clear, tunnelled = between_nodes()
+    expect(tunnelled and not clear, f"{len(clear)} packets in clear text, {len(tunnelled)} of the tunnel")
+    kubectl("wait", "node", "--all", "--for=condition=Ready", "--timeout=30s")
+    for node in NODES:
+        kubectl("exec", "-n", "shop", client_on(node), "--", "true")
+    sockmesh("check")
+    return f"{len(tunnelled)} packets of the tunnel"
+
+
 def tunnel_off(story):
     "without wireguard.enabled no interface, rule or route of it is left, and packets cross as before"
     upgrade(enabled="false")
     for node in NODES:
         left = on(node, "bash", "-c", """
             ip -brief link | grep ^sockmesh_wg
-            for family in -4 -6; do ip $family rule | grep ^1587[0-9]:; ip $family route show table 15871 2>/dev/null; done; true""").strip()
+            for family in -4 -6; do ip $family rule | grep ^1587[0-9]:; ip $family route show table 15871 2>/dev/null; ip $family route show table 15872 2>/dev/null; done; true""").strip()
         expect(not left, f"{node}: {left}")
     clear, tunnelled, mesh, seen = crossed("after-the-tunnel")
     expect(clear and seen and mesh and not tunnelled, f"{len(clear)} packets in clear text, {len(tunnelled)} of the tunnel, {len(mesh)} of mutual TLS")
