@@ -96,6 +96,8 @@ fn main() -> ExitCode {
         tunnel::a_node_that_is_to_have_no_tunnel_any_more_and_one_that_is_uninstalled_keep_no_trace_of_it,
         tunnel_kernel::the_kernels_wireguard_keeps_keys_and_sessions_whatever_becomes_of_agents,
         tunnel_kernel::a_tunnel_moves_into_the_kernel_and_back_while_agents_change_and_sends_nothing_plain,
+        tunnel_kernel::an_agent_that_is_started_anew_goes_on_in_the_kernel_until_its_process_can_take_over,
+        tunnel_kernel::auto_takes_the_kernels_wireguard_where_there_is_one_else_a_process_and_says_why,
         tunnel_failures::after_the_start_of_a_computer_nothing_goes_out_in_plain_while_the_tunnel_cannot_begin,
         tunnel_failures::a_process_that_hangs_or_refuses_everything_is_replaced,
         tunnel_failures::what_an_agent_cannot_find_out_is_told_and_the_tunnel_goes_on,

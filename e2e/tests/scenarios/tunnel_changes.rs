@@ -15,7 +15,7 @@ use crate::tunnel::{
 };
 
 /// An agent answers on the node, whether or not it gets ready.
-fn launch_agent(stage: &Stage, node: &Node) -> Result<()> {
+pub(crate) fn launch_agent(stage: &Stage, node: &Node) -> Result<()> {
     let agent = stage.mesh.launch_agent(node)?;
     stage.mesh.set_agent(node, agent);
     wait::until("an agent that answers", LIMIT, || Ok(report(node).is_ok().then_some(())))

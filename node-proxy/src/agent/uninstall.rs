@@ -39,10 +39,11 @@ enum After {
 /// # Errors
 /// When a process does not end.
 pub async fn stop(run_dir: &Path) -> anyhow::Result<()> {
-    end_all(run_dir, After::Another).await
+    end_all(run_dir, After::Another).await.map(drop)
 }
 
-async fn end_all(run_dir: &Path, after: After) -> anyhow::Result<()> {
+/// Whether there was an agent that had the node.
+async fn end_all(run_dir: &Path, after: After) -> anyhow::Result<bool> {
     let asked = |request| async move {
         tokio::time::timeout(STOP_TIMEOUT, ask(run_dir, &request))
             .await
@@ -68,7 +69,9 @@ async fn end_all(run_dir: &Path, after: After) -> anyhow::Result<()> {
             process::wait_for_end(pid, STOP_TIMEOUT).await?;
         }
     }
-    if let Some(Reply::Status(status)) = asked(Request::Status).await? {
+    let status = asked(Request::Status).await?;
+    let had_agent = status.is_some();
+    if let Some(Reply::Status(status)) = status {
         if after == After::Nothing
             && let Some(Reply::Error { message }) = asked(Request::LeaveTunnel).await?
         {
@@ -88,7 +91,7 @@ async fn end_all(run_dir: &Path, after: After) -> anyhow::Result<()> {
             takeover::end_at(role, &path).await?;
         }
     }
-    Ok(())
+    Ok(had_agent)
 }
 
 /// Asks a process below an agent for its process id.
@@ -145,12 +148,18 @@ pub async fn uninstall(config: &NodeConfig) -> anyhow::Result<()> {
             failures.push(format!("{error:#}"));
         }
     };
-    note(if run_dir.exists() { end_all(run_dir, After::Nothing).await } else { Ok(()) });
+    let ended = if run_dir.exists() { end_all(run_dir, After::Nothing).await } else { Ok(false) };
+    let had_agent = matches!(ended, Ok(true));
+    note(ended.map(drop));
     // After the agent, which would put it back.
     let unchained = cni::remove(&config.node);
     let chained = unchained.is_err();
     note(unchained.map_err(anyhow::Error::from));
-    note(tunnel::remove_traces(config).await);
+    note(tunnel::remove_traces(config).await.map(|kernels| {
+        if !kernels.is_empty() && !had_agent {
+            tracing::warn!(why = "no agent had the node", interfaces = kernels.join(", "), "{STAY_UNTOLD}");
+        }
+    }));
     // Pins go although a process may linger: plain networking comes back.
     note(redirect_bpf::uninstall(&config.node.bpffs, &config.node.name).map_err(anyhow::Error::from));
     for name in ["agent.sock", "agent.lock", takeover::RECORD] {

@@ -16,7 +16,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 pub(crate) use peers::{from_wire, to_wire};
-pub use status::{KeyDocument, PeerDocument, SessionDocument, TunnelDocument};
+pub use status::{KeyDocument, PacketsDocument, PeerDocument, SessionDocument, TunnelDocument};
 
 use control::Control;
 

@@ -21,8 +21,21 @@ pub struct TunnelDocument {
     pub keys: Vec<KeyDocument>,
     /// Other nodes by name.
     pub peers: BTreeMap<String, PeerDocument>,
+    /// Datagrams to and from all nodes together, handshakes and keepalives included: what the kernel's WireGuard counts in
+    /// the place of packets for each node.
+    #[serde(default)]
+    pub packets: Option<PacketsDocument>,
     /// Packets dropped, by cause, that concern no node in particular.
     pub drops: BTreeMap<String, u64>,
+}
+
+/// What went through the tunnel, with all nodes together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PacketsDocument {
+    /// Datagrams sent.
+    pub sent: u64,
+    /// Datagrams received.
+    pub received: u64,
 }
 
 /// A public key of this node.
@@ -58,7 +71,7 @@ pub struct SessionDocument {
     pub endpoint: Option<String>,
     /// Seconds since the handshake in use; none without one.
     pub handshake_age: Option<u64>,
-    /// Sessions agreed; the kernel does not say.
+    /// Sessions agreed; of the kernel's, those that this agent saw come about.
     pub handshakes: Option<u64>,
     /// Whether packets go this way now.
     pub sending: bool,
@@ -110,6 +123,9 @@ impl From<TunnelStatus> for TunnelDocument {
             mtu: status.mtu,
             keys: status.own_keys.into_iter().map(key).collect(),
             peers: status.peers.into_iter().map(|(name, status)| (name, peer(status))).collect(),
+            packets: status
+                .packets
+                .map(|packets| PacketsDocument { sent: packets.sent, received: packets.received }),
             drops: drops(status.drops),
         }
     }

@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 pub use keys::{PrivateKey, PublicKey};
-pub use status::{DropCause, KeyStatus, Mode, PeerStatus, TunnelStatus};
+pub use status::{DropCause, KeyStatus, Mode, Packets, PeerStatus, TunnelStatus};
 
 /// UDP port of the tunnel. The three after it are free for the kernel's devices, of which a rotation needs four.
 pub const PORT: u16 = 51_871;

@@ -112,6 +112,15 @@ impl fmt::Display for DropCause {
     }
 }
 
+/// What went through a device, with all nodes together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packets {
+    /// Datagrams sent, handshakes and keepalives included.
+    pub sent: u64,
+    /// Datagrams received, the same included.
+    pub received: u64,
+}
+
 /// State of a device.
 #[derive(Clone, Debug)]
 pub struct TunnelStatus {
@@ -127,6 +136,8 @@ pub struct TunnelStatus {
     pub own_keys: Vec<(u64, PublicKey)>,
     /// By name of the node.
     pub peers: BTreeMap<String, PeerStatus>,
+    /// Where they are not counted for each peer: of all nodes together. These never fall while the process lives.
+    pub packets: Option<Packets>,
     /// Drops that concern no peer in particular.
     pub drops: BTreeMap<DropCause, u64>,
 }
@@ -155,7 +166,7 @@ pub struct KeyStatus {
     pub endpoint: Option<SocketAddr>,
     /// Since the handshake of the session in use; None without one.
     pub handshake_age: Option<Duration>,
-    /// Sessions agreed since the key is in use; None where the kernel does not say.
+    /// Sessions agreed since the key is in use; of the kernel's, those that this process saw come about.
     pub handshakes: Option<u64>,
     /// Whether packets are sent with this pair now.
     pub sending: bool,

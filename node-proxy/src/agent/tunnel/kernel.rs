@@ -5,28 +5,31 @@
 //! So the agent that retires just leaves; there is nothing to be handed over.
 //!
 //! When a tunnel of one kind takes the place of one of the other, both have keys that other nodes know, at different ones of
-//! the four UDP ports: those of the kernel's interfaces follow from the generation of their key ([`kernel::ports`]), so the
-//! first key that the kernel gets is of a generation whose ports are free. Packets move to the kernel's interfaces node by
-//! node, as sessions come about ([`super::ways`]).
+//! the four UDP ports: a key in the kernel has two that are free ([`Pair`]), and a generation of another parity than that of
+//! the key before, so that nodes with the kernel's WireGuard have a place for both. Packets move to the kernel's interfaces
+//! node by node, as sessions come about ([`super::ways`]).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use anyhow::Context;
 use mesh_api::model::TunnelKey;
-use wireguard::device::kernel::{self, KernelDevice};
+use wireguard::device::kernel::{self, KernelDevice, Pair};
 use wireguard::device::{OwnKey, PrivateKey, Tunnel};
 
 use super::link::{Found, HeldKey, Link, LinkError};
 use super::session::{End, Session};
-use super::surroundings::Surroundings;
-use super::ways::Ways;
+use super::surroundings::{Surroundings, exists};
+use super::ways::{self, Ways};
 use crate::agent::Agent;
+use crate::agent::mesh::Tunnels;
 use crate::agent::process::Restarts;
 use crate::agent::takeover::Phase;
 use crate::config::WireguardSettings;
 use crate::ipc::proto::TunnelApply;
+use crate::keyd;
 use crate::tunnel::{TunnelDocument, from_wire};
 
 /// How often is looked for what cannot be yet.
@@ -53,12 +56,33 @@ pub(super) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + '
 /// # Errors
 /// When it cannot be asked.
 pub(super) async fn held(settings: &kernel::Settings) -> anyhow::Result<Vec<kernel::HeldKey>> {
-    let exists = |name: &str| nix::net::if_::if_nametoindex(name).is_ok();
     if Ways::of_kernels(&settings.interface, exists).is_empty() {
         return Ok(Vec::new());
     }
+    keep_secret()?;
     let settings = settings.clone();
     Ok(blocking(move || kernel::held(&settings)).await??)
+}
+
+/// Keeps this process's memory, in which private keys are from now on, out of core dumps and away from ptrace.
+///
+/// # Errors
+/// When the process cannot take that from itself.
+pub(super) fn keep_secret() -> anyhow::Result<()> {
+    keyd::harden().context("private keys of the tunnel are not read")
+}
+
+/// The ways to the nodes that there are by the kernel's interfaces, as far as it knows keys of these, whoever has set them up.
+///
+/// # Errors
+/// When it cannot be asked.
+pub(super) async fn ways(
+    settings: &kernel::Settings,
+    tunnels: &Tunnels,
+) -> anyhow::Result<BTreeMap<String, (String, bool)>> {
+    let settings = settings.clone();
+    let held = blocking(move || kernel::ways(&settings)).await??;
+    Ok(ways::held(&held, &tunnels.others))
 }
 
 /// One of them, as the agent knows keys.
@@ -75,6 +99,8 @@ pub(super) fn known(held: &kernel::HeldKey) -> HeldKey {
 pub(super) struct KernelLink {
     settings: kernel::Settings,
     keys: BTreeMap<u64, PrivateKey>,
+    /// Their ports, those of the next included.
+    pairs: BTreeMap<u64, Pair>,
     /// Once the node is this agent's.
     device: Option<Arc<KernelDevice>>,
     interfaces: Vec<String>,
@@ -90,9 +116,11 @@ fn refused(error: impl Into<anyhow::Error>) -> LinkError {
 impl KernelLink {
     fn new(settings: kernel::Settings, held: &[kernel::HeldKey]) -> Self {
         let keys = held.iter().map(|held| (held.own.generation, held.own.private.clone())).collect();
+        let pairs = held.iter().map(|held| (held.own.generation, held.pair)).collect();
         Self {
             settings,
             keys,
+            pairs,
             device: None,
             interfaces: Vec::new(),
             routes: BTreeMap::new(),
@@ -105,14 +133,24 @@ impl KernelLink {
         (&self.interfaces, &self.routes)
     }
 
-    /// The first generation from `next` on whose ports nobody has; none while all are in use.
-    pub(super) fn generation(&self, next: u64, used: &[u16]) -> Option<u64> {
-        let is_free = |generation: &u64| !self.ports(*generation).iter().any(|port| used.contains(port));
-        [next, next + 1].into_iter().find(is_free)
+    /// Chooses ports for the key of a generation that nobody has; whether there are any.
+    pub(super) fn place(&mut self, generation: u64, used: &[u16]) -> bool {
+        let pair = Pair::free(self.settings.port, generation, used);
+        self.pairs.extend(pair.map(|pair| (generation, pair)));
+        pair.is_some()
     }
 
     pub(super) fn ports(&self, generation: u64) -> [u16; 2] {
-        kernel::ports(self.settings.port, generation)
+        let pair = self.pairs.get(&generation).copied();
+        pair.unwrap_or_else(|| Pair::usual(generation)).ports(self.settings.port)
+    }
+
+    /// Whether the kernel holds no key but these.
+    fn is_current(&self, held: &[kernel::HeldKey]) -> bool {
+        held.iter().all(|held| {
+            let known = self.keys.get(&held.own.generation);
+            known.is_some_and(|known| known.public() == held.own.private.public())
+        })
     }
 
     /// Makes a key; its public half.
@@ -120,22 +158,27 @@ impl KernelLink {
     /// # Errors
     /// When there are no random numbers.
     pub(super) fn new_key(&mut self, generation: u64) -> Result<[u8; 32], LinkError> {
+        keep_secret().map_err(refused)?;
         let private = PrivateKey::generate().map_err(refused)?;
         let public = *private.public().bytes();
         self.keys.insert(generation, private);
         Ok(public)
     }
 
-    /// Begins to configure the kernel.
+    /// Begins to configure the kernel; not if that holds other keys than this has been told of.
     ///
     /// # Errors
-    /// When it has no WireGuard.
-    pub(super) async fn open(&mut self, mtu: u32) -> Result<(), LinkError> {
+    /// When it has no WireGuard, or cannot be asked.
+    pub(super) async fn open(&mut self, mtu: u32) -> Result<bool, LinkError> {
+        let held = held(&self.settings).await.map_err(refused)?;
+        if !self.is_current(&held) {
+            return Ok(false);
+        }
         let settings = kernel::Settings { mtu, ..self.settings.clone() };
         let device = blocking(move || KernelDevice::new(settings)).await.map_err(LinkError::Lost)?;
         self.device = Some(Arc::new(device.map_err(refused)?));
         self.answered = true;
-        Ok(())
+        Ok(true)
     }
 
     async fn ask<T: Send + 'static>(
@@ -171,12 +214,15 @@ impl KernelLink {
         });
         let own = own.collect::<anyhow::Result<Vec<OwnKey>>>().map_err(refused)?;
         let peers = from_wire(&apply.peers).map_err(|error| refused(anyhow::anyhow!(error)))?;
+        self.keys.retain(|generation, _| apply.generations.contains(generation));
+        self.pairs.retain(|generation, _| apply.generations.contains(generation));
+        let pairs = self.pairs.clone();
         let applied = self.ask(move |device| {
             device.set_mtu(apply.mtu);
+            pairs.into_iter().for_each(|(generation, pair)| device.place(generation, pair));
             device.apply(own, peers)
         });
         let conflicts = applied.await?.map_err(refused)?;
-        self.keys.retain(|generation, _| apply.generations.contains(generation));
         self.answered = true;
         Ok(conflicts.iter().map(ToString::to_string).collect())
     }
@@ -201,6 +247,7 @@ pub(super) async fn keep(agent: &Arc<Agent>, around: &mut Surroundings, mut rest
             tracing::info!("the tunnel stays in the kernel, where the next agent finds it");
             return;
         }
+        around.adopt(phase).await;
         match ready(agent, &settings, phase).await {
             Ok(Ready::Begin(held)) => {
                 restarts.started();
@@ -278,14 +325,38 @@ async fn begin(
 mod tests {
     use super::*;
 
+    fn link(held: &[kernel::HeldKey]) -> KernelLink {
+        KernelLink::new(kernel::Settings { port: 100, ..kernel::Settings::default() }, held)
+    }
+
+    fn held_key(generation: u64, pair: Pair) -> kernel::HeldKey {
+        let own = OwnKey { generation, private: PrivateKey::generate().unwrap() };
+        let (age, ports) = (Duration::ZERO, pair.ports(100));
+        kernel::HeldKey { own, age, leaving: false, received: 0, pair, ports }
+    }
+
     #[test]
-    fn the_first_key_in_the_kernel_is_of_a_generation_whose_ports_are_free() {
-        let settings = kernel::Settings { port: 100, ..kernel::Settings::default() };
-        let link = KernelLink::new(settings, &[]);
-        assert_eq!(link.generation(6, &[]), Some(6));
-        assert_eq!(link.generation(6, &[101]), Some(7), "a process has one of 100 and 101");
-        assert_eq!(link.generation(7, &[101]), Some(7));
-        assert_eq!(link.generation(7, &[103]), Some(8));
-        assert_eq!(link.generation(7, &[100, 102]), None, "all are in use");
+    fn a_key_in_the_kernel_has_ports_that_are_free_whatever_its_generation() {
+        let mut link = link(&[]);
+        assert!(link.place(6, &[100]), "a process has one of the usual ones");
+        assert_eq!(link.ports(6), [102, 103]);
+        assert!(link.place(7, &[102, 103]));
+        assert_eq!(link.ports(7), [100, 101]);
+        assert!(!link.place(8, &[100, 103]), "all are in use");
+    }
+
+    #[test]
+    fn a_key_that_is_found_in_the_kernel_keeps_its_ports() {
+        assert_eq!(link(&[held_key(6, Pair::Second)]).ports(6), [102, 103]);
+    }
+
+    #[test]
+    fn keys_that_the_agent_before_has_made_since_it_was_looked_are_not_overlooked() {
+        let (old, new) = (held_key(6, Pair::First), held_key(7, Pair::Second));
+        let link = link(std::slice::from_ref(&old));
+        assert!(link.is_current(&[]), "somebody has removed the interfaces: they are made again");
+        assert!(link.is_current(std::slice::from_ref(&old)));
+        assert!(!link.is_current(&[old, new]), "the agent before has begun a rotation");
+        assert!(!link.is_current(&[held_key(6, Pair::First)]), "another key of the same generation");
     }
 }

@@ -215,6 +215,15 @@ fn received(sessions: &TunnelDocument, newest: Option<u64>) -> u64 {
     all.filter(|session| Some(session.own_generation) != newest).map(|session| session.rx_bytes).sum()
 }
 
+/// The generation of the next key, from `next` on: not of the parity of a key that is `live`, nor, if that can be chosen, of
+/// one that other nodes know. Nodes with the kernel's WireGuard keep the newer only of two keys of one parity.
+pub(super) fn generation(next: u64, live: &[u64], known: &[u64]) -> u64 {
+    let in_the_way = |generation: u64, of: &[u64]| of.iter().any(|other| other % 2 == generation % 2);
+    let (first, second) = (next, next + 1);
+    let cost = |generation: u64| (in_the_way(generation, live), in_the_way(generation, known));
+    if cost(second) < cost(first) { second } else { first }
+}
+
 /// All keys of this node that other nodes shall know: those of this process, and those of another one that lives.
 pub(super) fn registered(
     own: &Keys,
@@ -338,6 +347,16 @@ mod tests {
         let registered = registered(&keys, |_| [10, 10], &[other]);
         let seen: Vec<_> = registered.iter().map(|key| (key.generation, key.ports[0])).collect();
         assert_eq!(seen, [(8, 10), (7, 9)]);
+    }
+
+    #[test]
+    fn the_next_key_is_of_another_parity_than_those_that_are_in_use() {
+        assert_eq!(generation(1, &[], &[]), 1);
+        assert_eq!(generation(8, &[7], &[7]), 8);
+        assert_eq!(generation(9, &[7], &[7, 8]), 10, "8 is of nobody any more");
+        assert_eq!(generation(9, &[], &[7]), 10, "the process with that key may have died");
+        assert_eq!(generation(9, &[], &[7, 8]), 9);
+        assert_eq!(generation(9, &[7, 8], &[7, 8]), 9, "of two the newer stays");
     }
 
     #[test]

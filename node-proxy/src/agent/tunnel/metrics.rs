@@ -92,18 +92,24 @@ fn of_tunnel(t: &mut String, tunnel: &TunnelDocument) {
         ("sockmesh_wireguard_sent_bytes_total", "counter", "Bytes of packets sent to a node.", |peer| {
             Some(peer.sessions.iter().map(|s| s.tx_bytes).sum())
         }),
-        ("sockmesh_wireguard_sent_packets_total", "counter", "Packets sent to a node.", |peer| {
-            peer.sessions.iter().map(|s| s.tx_packets).sum()
-        }),
+        (
+            "sockmesh_wireguard_sent_packets_total",
+            "counter",
+            "Packets sent to a node; without a peer, datagrams to all nodes, which is what the kernel's WireGuard counts.",
+            |peer| peer.sessions.iter().map(|s| s.tx_packets).sum(),
+        ),
         (
             "sockmesh_wireguard_received_bytes_total",
             "counter",
             "Bytes of packets received from a node.",
             |peer| Some(peer.sessions.iter().map(|s| s.rx_bytes).sum()),
         ),
-        ("sockmesh_wireguard_received_packets_total", "counter", "Packets received from a node.", |peer| {
-            peer.sessions.iter().map(|s| s.rx_packets).sum()
-        }),
+        (
+            "sockmesh_wireguard_received_packets_total",
+            "counter",
+            "Packets received from a node; without a peer, datagrams from all nodes, as for those sent.",
+            |peer| peer.sessions.iter().map(|s| s.rx_packets).sum(),
+        ),
         (
             "sockmesh_wireguard_waiting_packets",
             "gauge",
@@ -118,6 +124,14 @@ fn of_tunnel(t: &mut String, tunnel: &TunnelDocument) {
             if let Some(value) = of(peer) {
                 let _ = writeln!(t, "{name}{{peer=\"{}\"}} {value}", escape(node));
             }
+        }
+        let of_all = tunnel.packets.and_then(|packets| match name {
+            "sockmesh_wireguard_sent_packets_total" => Some(packets.sent),
+            "sockmesh_wireguard_received_packets_total" => Some(packets.received),
+            _ => None,
+        });
+        if let Some(value) = of_all {
+            let _ = writeln!(t, "{name}{{peer=\"\"}} {value}");
         }
     }
     let name = "sockmesh_wireguard_dropped_packets_total";
@@ -142,6 +156,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::tunnel::PacketsDocument;
 
     #[test]
     fn a_node_without_a_tunnel_has_no_families_of_it_and_one_that_lost_it_says_so() {
@@ -149,6 +164,19 @@ mod tests {
         let lost = text(Some(&TunnelReport::default()), 2);
         assert!(lost.contains("\nsockmesh_wireguard_up 0\n"), "{lost}");
         assert!(lost.contains("\nsockmesh_wireguard_process_restarts_total 2\n"), "{lost}");
+    }
+
+    #[test]
+    fn what_the_kernel_counts_for_all_nodes_together_has_no_peer() {
+        let packets = Some(PacketsDocument { sent: 7, received: 8 });
+        let tunnel = TunnelDocument { mode: "kernel".to_owned(), packets, ..TunnelDocument::default() };
+        let page = text(Some(&TunnelReport { tunnel: Some(tunnel), ..TunnelReport::default() }), 0);
+        for line in [
+            "sockmesh_wireguard_sent_packets_total{peer=\"\"} 7",
+            "sockmesh_wireguard_received_packets_total{peer=\"\"} 8",
+        ] {
+            assert!(page.lines().any(|l| l == line), "{page}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! * [`choice`] says whether the kernel's own WireGuard takes the process's place, and [`kernel`] is what differs then: there
 //!   is no process, and keys and sessions stay in the kernel whatever becomes of agents; a tunnel of the other kind ends by
 //!   [`leftover`];
+//! * [`ports`] has the UDP ports of a process;
 //! * [`ways`] are the interfaces by which packets go to each node;
 //! * [`surroundings`] keeps routes, refusals and programs with a process and without one;
 //! * [`others`] are the processes of agents before and after this one;
@@ -39,6 +40,7 @@ mod metrics;
 mod others;
 mod paths;
 mod plan;
+mod ports;
 mod refusals;
 mod session;
 mod surroundings;
@@ -61,7 +63,8 @@ use wireguard::net::{Router, RoutingStatus};
 pub(super) use self::leave::leave;
 use self::link::{Found, Link, TunnelLink};
 pub(super) use self::metrics::text as metrics;
-use self::session::{End, Session, claim};
+use self::ports::claim;
+use self::session::{End, Session};
 use self::surroundings::Surroundings;
 use super::Agent;
 use super::process::{self, Launcher, Restarts};
@@ -383,7 +386,7 @@ async fn remove(agent: &Agent) -> anyhow::Result<()> {
     for (_, path) in all.into_iter().filter(|(generation, _)| *generation <= agent.takeover.generation) {
         takeover::end_at(Role::Tunnel, &path).await?;
     }
-    remove_traces(&agent.config).await
+    remove_traces(&agent.config).await.map(drop)
 }
 
 /// The process behind a control socket.
@@ -394,22 +397,35 @@ pub(super) async fn pid_of(stream: UnixStream) -> anyhow::Result<u32> {
     Ok(TunnelLink::greet(stream).await?.1.pid)
 }
 
-/// Removes every route, rule and program of the tunnel from the kernel.
+/// Removes every interface, route, rule and program of the tunnel from the kernel; the interfaces that its WireGuard had.
 ///
 /// # Errors
-/// What could not be removed.
-pub(super) async fn remove_traces(config: &NodeConfig) -> anyhow::Result<()> {
+/// What could not be removed; the rest is.
+pub(super) async fn remove_traces(config: &NodeConfig) -> anyhow::Result<Vec<String>> {
     let programs = redirect_bpf::tunnel::uninstall(&config.node.bpffs, &config.node.name)
         .context("cannot remove the programs around the tunnel");
     let settings = kernel::settings(&config.wireguard);
-    let interfaces = kernel::blocking(move || wireguard::device::kernel::remove(&settings))
-        .await
-        .and_then(|removed| Ok(removed?));
-    let router =
-        Router::open(plan::routing(&config.wireguard)).context("cannot look at the tunnel's routes")?;
-    let removed = router.uninstall().await.context("cannot remove the tunnel's routes")?;
-    if removed > 0 {
-        tracing::info!(removed, "the tunnel's routes and rules are gone");
+    let (removed, outcome) = kernel::blocking(move || wireguard::device::kernel::remove(&settings)).await?;
+    if !removed.is_empty() {
+        let interfaces = removed.join(", ");
+        tracing::info!(
+            interfaces,
+            "the kernel's interfaces of the tunnel are gone, and their keys with them"
+        );
     }
-    interfaces.context("cannot remove the tunnel's interfaces").and(programs)
+    let interfaces = outcome.context("cannot remove all interfaces of the tunnel");
+    let routes = async {
+        let router =
+            Router::open(plan::routing(&config.wireguard)).context("cannot look at the tunnel's routes")?;
+        let removed = router.uninstall().await.context("cannot remove the tunnel's routes")?;
+        if removed > 0 {
+            tracing::info!(removed, "the tunnel's routes and rules are gone");
+        }
+        anyhow::Ok(())
+    };
+    let outcomes = [programs.map(drop), interfaces, routes.await];
+    let failed: Vec<String> =
+        outcomes.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
+    anyhow::ensure!(failed.is_empty(), "{}", failed.join("; "));
+    Ok(removed)
 }

@@ -109,6 +109,11 @@ impl Others {
         self.known.is_empty() && self.held.is_empty()
     }
 
+    /// Whether the kernel has keys, besides this one's, of which other nodes are told.
+    pub(super) fn is_in_kernel(&self) -> bool {
+        self.held.iter().any(|held| held.announced)
+    }
+
     /// What each said last.
     pub(super) fn found(&self) -> impl Iterator<Item = &Found> {
         self.known.values().filter_map(|other| other.found.as_ref())

@@ -13,6 +13,9 @@ const SOON: Duration = Duration::from_secs(60);
 /// Nodes probed in one go: one that is silent takes a second and a half.
 const AT_ONCE: usize = 8;
 
+/// How often a path is looked at in one go that seems to be a black hole, and another one each time.
+const MOST_LOOKS: usize = 4;
+
 type Probed = Vec<(Target, Result<PathFinding, String>)>;
 
 /// What is known, and what is being found out.
@@ -101,12 +104,50 @@ impl Paths {
 
 fn probe_all(targets: Vec<Target>) -> Probed {
     let one = |target: Target| {
-        let mut found = probe::probe(&target, Patience::default());
-        // A tunnel that is away for a moment loses large and small.
-        if matches!(&found, Ok(finding) if matches!(finding.path, Path::BlackHole { .. })) {
-            found = probe::probe(&target, Patience::default());
-        }
-        (target, found.map_err(|error| error.to_string()))
+        let found = sure(|| probe::probe(&target, Patience::default()).map_err(|error| error.to_string()));
+        (target, found)
     };
     targets.into_iter().map(one).collect()
+}
+
+/// What is found, and found again if it is a black hole: a tunnel that is away for a moment, or moves from one interface to
+/// another, loses what it is asked at the time, and then other sizes than the next time.
+fn sure(mut probe: impl FnMut() -> Result<PathFinding, String>) -> Result<PathFinding, String> {
+    let mut before = None;
+    for _ in 0..MOST_LOOKS {
+        let found = probe()?;
+        if !matches!(found.path, Path::BlackHole { .. }) || before.as_ref() == Some(&found) {
+            return Ok(found);
+        }
+        before = Some(found);
+    }
+    Err("each time packets of other sizes are lost: datagrams between the nodes get lost whatever their size"
+        .to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(usable: u16, path: Path) -> PathFinding {
+        let address = "192.0.2.1".parse().unwrap();
+        PathFinding { peer: "b".to_owned(), address, endpoint: address, device_mtu: 1440, usable, path }
+    }
+
+    #[test]
+    fn what_gets_lost_by_chance_is_no_black_hole() {
+        let hole = |usable| found(usable, Path::BlackHole { believed: 1500 });
+        let fine = || found(1440, Path::Fine);
+        let looked = |all: Vec<PathFinding>| {
+            let mut all = all.into_iter();
+            let sure = sure(|| Ok(all.next().unwrap()));
+            (sure, all.count())
+        };
+        assert_eq!(looked(vec![fine(), fine()]), (Ok(fine()), 1));
+        assert_eq!(looked(vec![hole(1408), fine(), fine()]), (Ok(fine()), 1));
+        assert_eq!(looked(vec![hole(1408), hole(1408), fine()]), (Ok(hole(1408)), 1));
+        assert_eq!(looked(vec![hole(1408), hole(1040), hole(1040), fine()]), (Ok(hole(1040)), 1));
+        let (unsure, left) = looked(vec![hole(1408), hole(1040), hole(1408), hole(1392), fine()]);
+        assert!(unsure.is_err() && left == 1, "{unsure:?}");
+    }
 }

@@ -16,12 +16,13 @@ use mesh_api::client::Registration;
 use mesh_api::model::{NodeTunnel, TunnelKey};
 use wireguard::device::user;
 
-use super::keys::{Keys, Step, registered};
+use super::keys::{self, Keys, Step, registered};
 use super::leftover::Leftover;
 use super::link::{Found, Link, LinkError};
 use super::others::Others;
+use super::ports::drain;
 use super::refusals::{Attempt, Refusals};
-use super::surroundings::{Inside, Surroundings};
+use super::surroundings::{Inside, Surroundings, exists};
 use super::ways::Ways;
 use super::{AGAIN, TunnelReport, plan};
 use crate::agent::Agent;
@@ -40,8 +41,6 @@ const GATHER: Duration = Duration::from_secs(1);
 const LOOK_SELDOM: Duration = Duration::from_secs(1);
 /// How long the keys of an agent that retired stay registered, so that other nodes can agree on sessions with the next.
 const SETTLE: Duration = Duration::from_secs(5);
-/// UDP ports that tunnels of a node have among them; rules and firewalls know them all.
-const PORTS: u16 = 4;
 /// How long after this node was told of its keys all others have been.
 const ALL_TOLD: Duration = Duration::from_secs(2);
 
@@ -96,7 +95,7 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// `ports` are what [`claim`] gave for it.
+    /// The last are what [`super::ports::claim`] gave for it.
     pub(super) fn start(
         agent: &'a Arc<Agent>,
         around: &'a mut Surroundings,
@@ -177,10 +176,11 @@ impl<'a> Session<'a> {
                 (state.mesh.is_complete(), state.mesh.tunnels())
             };
             self.around.begin();
+            self.around.adopt(phase).await;
             let this = tunnels.this.clone();
             self.look_at_others().await;
-            let known = this.iter().flat_map(|this| &this.keys);
-            let given = known.chain(self.others.keys().map(|held| &held.key)).map(|key| key.generation);
+            let known: Vec<u64> = this.iter().flat_map(|this| &this.keys).map(|key| key.generation).collect();
+            let given = known.iter().copied().chain(self.others.keys().map(|held| held.key.generation));
             self.keys.given(given.max().unwrap_or_default());
 
             let looks = self.looked.is_none_or(|at| at.elapsed() >= LOOK_SELDOM);
@@ -195,7 +195,7 @@ impl<'a> Session<'a> {
             let only = self.others.is_empty();
             let pause = match self.keys.step(&self.document, told && self.opened, only, self.since.elapsed())
             {
-                Step::Make(generation) => self.make_key(generation).await?,
+                Step::Make(generation) => self.make_key(generation, &known).await?,
                 Step::Drop(generation) => {
                     self.keys.dropped(generation);
                     tracing::info!(generation, "the tunnel's old key is gone");
@@ -209,7 +209,7 @@ impl<'a> Session<'a> {
                 self.keep_up(phase, tunnels).await?;
             }
             self.tell(phase).await?;
-            self.look_at_leftover(phase, told).await;
+            self.look_at_leftover(phase, told);
             if self.link.has_answered() {
                 life.works();
             }
@@ -266,12 +266,26 @@ impl<'a> Session<'a> {
         self.refusals.failed(attempt, format!("{why:#}"), self.since.elapsed());
     }
 
-    /// Has the next key made; when to look again.
-    async fn make_key(&mut self, generation: u64) -> Result<Duration, End> {
+    /// Has the next key made, whose generation is `next` or follows it; when to look again. These are `known` to other nodes.
+    async fn make_key(&mut self, next: u64, known: &[u64]) -> Result<Duration, End> {
         if !self.is_due(Attempt::MakeKey) {
             return Ok(LOOK_EVERY);
         }
-        let Some(generation) = self.generation(generation) else { return Ok(LOOK_EVERY) };
+        let own = self.keys.generations();
+        let theirs = self.others.keys().filter(|held| held.announced).map(|held| held.key.generation);
+        let live: Vec<u64> = own.iter().copied().chain(theirs).collect();
+        let generation = keys::generation(next, &live, known);
+        if let Link::Kernel(kernel) = &mut self.link {
+            let theirs = self.others.keys().flat_map(|held| held.key.ports);
+            let used: Vec<u16> = theirs.chain(own.iter().flat_map(|own| kernel.ports(*own))).collect();
+            if !kernel.place(generation, &used) {
+                let why = anyhow::anyhow!(
+                    "tunnels of agents before this one have all UDP ports; they are gone soon"
+                );
+                self.failed(Attempt::MakeKey, &why);
+                return Ok(LOOK_EVERY);
+            }
+        }
         let answer = self.link.new_key(generation, self.port).await;
         let Some(public) = self.heard(Attempt::MakeKey, answer)? else { return Ok(LOOK_EVERY) };
         self.keys.made(generation, public, self.since.elapsed());
@@ -279,24 +293,12 @@ impl<'a> Session<'a> {
         Ok(Duration::ZERO)
     }
 
-    /// Of the next key: the kernel's ports follow from it, and are to be free.
-    fn generation(&mut self, next: u64) -> Option<u64> {
-        let Link::Kernel(kernel) = &self.link else { return Some(next) };
-        let used: Vec<u16> = self.others.keys().flat_map(|held| held.key.ports).collect();
-        let generation = kernel.generation(next, &used);
-        if generation.is_none() {
-            let why =
-                anyhow::anyhow!("tunnels of agents before this one have all UDP ports; they are gone soon");
-            self.failed(Attempt::MakeKey, &why);
-        }
-        generation
-    }
-
     /// Has a tunnel of the other kind end that this one takes the place of, and that no agent is left to end.
-    async fn look_at_leftover(&mut self, phase: Phase, told: bool) {
+    fn look_at_leftover(&mut self, phase: Phase, told: bool) {
         let may_leave = phase == Phase::InCharge && self.opened && told && self.all_told();
-        if let Err(error) = self.leftover.look(may_leave, &mut self.others, self.settings.overlap).await {
-            self.around.note(format!("a tunnel that is not needed any more does not end: {error:#}"));
+        self.leftover.look(may_leave, &mut self.others, self.settings.overlap);
+        if let Some(wrong) = self.leftover.wrong() {
+            self.around.note(format!("a tunnel that is not needed any more does not end: {wrong}"));
         }
     }
 
@@ -330,11 +332,11 @@ impl<'a> Session<'a> {
             let peers: BTreeSet<&str> = peers.map(|(name, _)| name.as_str()).collect();
             self.around.probe(&tunnels, &addresses, self.mtu(), &peers);
         }
-        let ways = self.ways();
-        let kept = self.around.keep(phase, &tunnels, &addresses, inside, &ways).await;
+        let ways = self.ways(&tunnels).await;
+        let kept = self.around.keep(phase, &tunnels, &addresses, inside, ways).await;
         match kept {
-            // Made anew at the next look, with the same keys.
-            Err(removed) if matches!(self.link, Link::Kernel(_)) => {
+            // Made anew at the next look, with the same keys; or one of the kernel's that the process needs no more.
+            Err(removed) if matches!(self.link, Link::Kernel(_)) || exists(&self.settings.interface) => {
                 self.around.note(removed.to_string());
                 self.applied = None;
                 Ok(())
@@ -344,16 +346,21 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// By which interfaces packets go to the other nodes.
-    fn ways(&self) -> Ways {
+    /// By which interfaces packets go to the other nodes; `None` when that cannot be told.
+    async fn ways(&mut self, tunnels: &Tunnels) -> Option<Ways> {
+        let interface = &self.settings.interface;
         match &self.link {
-            Link::Process(_) => Ways::only(&self.settings.interface),
+            // Other nodes know the keys in the kernel, and not all of them this one.
+            Link::Process(_) if self.opened && !self.all_told() && self.others.is_in_kernel() => {
+                Some(self.around.found(tunnels, None).await?.with(interface))
+            }
+            Link::Process(_) => Some(Ways::only(interface)),
             Link::Kernel(kernel) => {
                 let (interfaces, routes) = kernel.routes();
                 let carries =
                     |other: &Found| other.opened.is_some() && other.keys.iter().any(|key| key.announced);
-                let another = self.others.found().any(carries).then_some(self.settings.interface.as_str());
-                Ways::of_kernel(interfaces, routes, another)
+                let another = self.others.found().any(carries).then_some(interface.as_str());
+                Some(Ways::of_kernel(interfaces, routes, another))
             }
         }
     }
@@ -362,8 +369,15 @@ impl<'a> Session<'a> {
     async fn open(&mut self, tunnels: &Tunnels) -> Result<(), End> {
         if let Link::Kernel(kernel) = &mut self.link {
             let answer = kernel.open(self.around.mtu(tunnels).into()).await;
-            self.opened = self.heard(Attempt::Open, answer)?.is_some();
-            return if self.opened { self.configure(tunnels).await } else { Ok(()) };
+            return match self.heard(Attempt::Open, answer)? {
+                None => Ok(()),
+                // Of the agent before, which has made keys since this one looked: it begins anew with those.
+                Some(is_current) if !is_current => Err(End::Unneeded),
+                Some(_) => {
+                    self.opened = true;
+                    self.configure(tunnels).await
+                }
+            };
         }
         let apply = self.configuration(tunnels);
         let (open, descriptors) = match self.make_interface(&apply).await {
@@ -468,6 +482,10 @@ impl<'a> Session<'a> {
     /// Tells the process of its keys and of the other nodes.
     async fn configure(&mut self, tunnels: &Tunnels) -> Result<(), End> {
         if let Link::Kernel(kernel) = &self.link {
+            // What is in the kernel may be the next agent's since this look began.
+            if self.agent.takeover.phase() != Phase::InCharge {
+                return Ok(());
+            }
             kernel.set_eager(!self.others.is_empty());
         }
         let apply = self.configuration(tunnels);
@@ -544,45 +562,5 @@ impl<'a> Session<'a> {
             rotating: self.keys.is_changing(),
         };
         *self.agent.tunnel.report.lock() = Some(report);
-    }
-}
-
-/// The port of a process, and sockets of it unless it has them: the port for which it made its keys, else the first that
-/// nobody has or is to have (`used`). Of agents that take the node over from one another while those before still receive each has its own.
-///
-/// # Errors
-/// When none is free.
-pub(super) fn claim(
-    settings: &WireguardSettings,
-    found: &Found,
-    used: &[u16],
-) -> anyhow::Result<(u16, Vec<UdpSocket>)> {
-    if let Some(opened) = &found.opened {
-        return Ok((u16::try_from(opened.port).context("the tunnel's port is none")?, Vec::new()));
-    }
-    let has = found.keys.first().map(|held| held.key.ports[0]);
-    let threads = match settings.threads {
-        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(4),
-        threads => threads as usize,
-    };
-    let last = settings.port.saturating_add(PORTS - 1);
-    let port =
-        has.or_else(|| (settings.port..=last).find(|port| !used.contains(port) && user::is_free(*port)));
-    let port = port.with_context(|| {
-        format!(
-            "UDP ports {} to {last} are all in use: by tunnels of agents before this one, which are gone within \
-             wireguard.overlap, or by another WireGuard: then set wireguard.port",
-            settings.port
-        )
-    })?;
-    Ok((port, user::sockets(port, threads, None)?))
-}
-
-/// Throws away what has come to a socket that nobody has read yet.
-fn drain(socket: &UdpSocket) {
-    let mut datagram = [0; 1];
-    // The device sets its sockets to this anyway.
-    if socket.set_nonblocking(true).is_ok() {
-        while socket.recv(&mut datagram).is_ok() {}
     }
 }

@@ -19,7 +19,7 @@ use super::filter::{self, Around, Filter};
 use super::paths::Paths;
 use super::refusals::{Attempt, Refusals};
 use super::ways::Ways;
-use super::{TunnelReport, plan};
+use super::{TunnelReport, kernel, plan};
 use crate::agent::Agent;
 use crate::agent::mesh::Tunnels;
 use crate::agent::takeover::Phase;
@@ -81,6 +81,13 @@ pub(super) struct Surroundings {
     away: Option<String>,
     /// By which interfaces packets went to other nodes last.
     ways: Option<Ways>,
+    /// Interfaces that an agent with other settings has left have the names of these.
+    adopted: bool,
+}
+
+/// Whether there is an interface of this name.
+pub(super) fn exists(interface: &str) -> bool {
+    nix::net::if_::if_nametoindex(interface).is_ok()
 }
 
 impl Surroundings {
@@ -104,6 +111,7 @@ impl Surroundings {
             logged: Vec::new(),
             away: None,
             ways: None,
+            adopted: false,
         }
     }
 
@@ -169,6 +177,7 @@ impl Surroundings {
         loop {
             let phase = *phases.borrow_and_update();
             self.begin();
+            self.adopt(phase).await;
             let tunnels = {
                 let state = self.agent.state.lock();
                 state.mesh.is_complete().then(|| state.mesh.tunnels())
@@ -176,8 +185,7 @@ impl Surroundings {
             if let Some(tunnels) = tunnels {
                 let tunnels = self.hear(tunnels).await;
                 // Nothing to be lost.
-                let _ =
-                    self.keep(phase, &tunnels, &plan::own_addresses(), Inside::Away, &Ways::default()).await;
+                let _ = self.keep(phase, &tunnels, &plan::own_addresses(), Inside::Away, None).await;
             }
             self.report_alone(phase).await;
             // The agent's own end is that of this task.
@@ -212,7 +220,47 @@ impl Surroundings {
         plan::mtu(self.settings(), tunnels, self.uplink_mtu)
     }
 
-    /// Brings routes, refusals and programs in line, if the node is this agent's.
+    /// Takes over interfaces of the kernel's that an agent with another `wireguard.interface` has left, once the node is
+    /// this agent's.
+    pub(super) async fn adopt(&mut self, phase: Phase) {
+        if self.adopted || phase != Phase::InCharge {
+            return;
+        }
+        let settings = kernel::settings(self.settings());
+        let adopted = kernel::blocking(move || wireguard::device::kernel::adopt(&settings)).await;
+        match adopted.and_then(|adopted| Ok(adopted?)) {
+            Ok(names) => {
+                self.adopted = true;
+                if !names.is_empty() {
+                    tracing::info!(
+                        before = names.join(", "),
+                        "interfaces of the tunnel have the name that is set now"
+                    );
+                }
+            }
+            Err(error) => self.note(format!("the tunnel's interfaces of another name stay: {error:#}")),
+        }
+    }
+
+    /// By which interfaces packets go to other nodes as far as the kernel knows; `None` when it cannot be asked. An interface
+    /// of `another` leads to nodes with which it has no session.
+    pub(super) async fn found(&mut self, tunnels: &Tunnels, another: Option<&str>) -> Option<Ways> {
+        let settings = kernel::settings(self.settings());
+        let interfaces = Ways::of_kernels(&settings.interface, exists);
+        if interfaces.is_empty() {
+            return Some(Ways::only(&settings.interface));
+        }
+        match kernel::ways(&settings, tunnels).await {
+            Ok(routes) => Some(Ways::of_kernel(&interfaces, &routes, another)),
+            Err(error) => {
+                self.note(format!("it is not known by which interfaces packets go: {error:#}"));
+                None
+            }
+        }
+    }
+
+    /// Brings routes, refusals and programs in line, if the node is this agent's. Where it is not known by which interfaces
+    /// packets go, routes stay as they are.
     ///
     /// # Errors
     /// [`Removed`].
@@ -222,7 +270,7 @@ impl Surroundings {
         tunnels: &Tunnels,
         addresses: &[IpAddr],
         inside: Inside,
-        ways: &Ways,
+        ways: Option<Ways>,
     ) -> Result<(), Removed> {
         if phase != Phase::InCharge {
             return Ok(());
@@ -231,26 +279,28 @@ impl Surroundings {
             Inside::Away => (self.mtu(tunnels), false),
             Inside::Open { mtu, told } => (mtu, told),
         };
-        let exists = |name: &str| nix::net::if_::if_nametoindex(name).is_ok();
-        let ways = match inside {
-            Inside::Away => {
-                self.ways.clone().unwrap_or_else(|| Ways::found(&self.settings().interface, exists))
+        let interface = self.settings().interface.clone();
+        let ways = match (inside, &self.ways) {
+            (Inside::Open { .. }, _) => ways,
+            (Inside::Away, Some(last)) => Some(last.clone()),
+            (Inside::Away, None) => {
+                self.found(tunnels, exists(&interface).then_some(interface.as_str())).await
             }
-            Inside::Open { .. } => ways.clone(),
         };
+        let is_known = ways.is_some();
+        let ways = ways
+            .unwrap_or_else(|| Ways { interfaces: Ways::of_kernels(&interface, exists), ..Ways::default() });
         let device = |name: &String| TunnelDevice { name: name.clone(), mtu };
         let devices: Vec<TunnelDevice> =
             ways.interfaces.iter().filter(|name| exists(name.as_str())).map(device).collect();
         let all_exist = devices.len() == ways.interfaces.len();
         // Where packets went in plain until now they go on so until the other nodes know whose they are.
         let is_new = self.was_known != Some(true) && self.routed.is_none() && !told;
-        // Routes by the kernel's interfaces are as the agent before has left them, until this one knows better.
-        let is_found = inside == Inside::Away && ways.otherwise.is_none() && ways.of.is_empty();
-        if !is_new && !is_found {
+        if !is_new && is_known {
             self.route(tunnels, devices, &ways).await;
         }
         self.filter(tunnels, addresses, mtu, &ways);
-        if inside != Inside::Away {
+        if inside != Inside::Away && is_known {
             self.ways = Some(ways);
         }
         if all_exist || inside == Inside::Away { Ok(()) } else { Err(Removed) }

@@ -1,6 +1,12 @@
 //! By which interfaces packets go to the other nodes. Pure.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use mesh_api::model::NodeTunnel;
+use wireguard::device::PublicKey;
+use wireguard::device::kernel::HeldWay;
 
 /// The tunnel's interfaces, and which of them leads to whom.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -18,13 +24,6 @@ impl Ways {
     pub(super) fn only(interface: &str) -> Self {
         let name = interface.to_owned();
         Self { interfaces: vec![name.clone()], of: BTreeMap::new(), otherwise: Some(name) }
-    }
-
-    /// Before anything is known of a tunnel: the kernel's interfaces if there are any, which lead to whom they did, else
-    /// a process's.
-    pub(super) fn found(interface: &str, exists: impl Fn(&str) -> bool) -> Self {
-        let interfaces = Self::of_kernels(interface, exists);
-        if interfaces.is_empty() { Self::only(interface) } else { Self { interfaces, ..Self::default() } }
     }
 
     /// The kernel's interfaces that there are.
@@ -48,14 +47,43 @@ impl Ways {
         Self { interfaces, of: of.collect(), otherwise: None }
     }
 
+    /// The same with an interface by which packets go to nodes to which there is no way yet.
+    pub(super) fn with(mut self, interface: &str) -> Self {
+        if !self.interfaces.iter().any(|is| is == interface) {
+            self.interfaces.push(interface.to_owned());
+        }
+        self.otherwise = Some(interface.to_owned());
+        self
+    }
+
     /// The one to a node; none while it cannot be reached.
     pub(super) fn to(&self, node: &str) -> Option<String> {
         self.of.get(node).or(self.otherwise.as_ref()).cloned()
     }
 }
 
+/// The interface to each of these nodes, and whether there is a session on it, of the ways that the kernel has: that of the
+/// newest keys with a session, else that of the oldest, which are known on both sides for certain.
+pub(super) fn held(held: &[HeldWay], others: &[Arc<NodeTunnel>]) -> BTreeMap<String, (String, bool)> {
+    let to = |node: &Arc<NodeTunnel>| {
+        let generation = |way: &HeldWay| {
+            let known = node.keys.iter().find(|key| PublicKey::from(key.public_key) == way.peer);
+            known.map(|known| known.generation)
+        };
+        let mut ways: Vec<(&HeldWay, u64)> =
+            held.iter().filter_map(|way| Some((way, generation(way)?))).collect();
+        ways.sort_by_key(|(way, theirs)| Reverse((way.own_generation, *theirs)));
+        let live = ways.iter().find(|(way, _)| way.has_session);
+        let (way, _) = live.or(ways.last())?;
+        Some((node.node.to_string(), (way.interface.clone(), way.has_session)))
+    };
+    others.iter().filter_map(to).collect()
+}
+
 #[cfg(test)]
 mod tests {
+    use mesh_api::model::TunnelKey;
+
     use super::*;
 
     #[test]
@@ -73,7 +101,45 @@ mod tests {
             "the process is gone"
         );
         assert_eq!(named(&Ways::only("wg")), ["wg"; 3]);
-        assert_eq!(Ways::found("wg", |_| false), Ways::only("wg"));
-        assert_eq!(Ways::found("wg", |name| name == "wg2").interfaces, ["wg2"]);
+        assert_eq!(named(&changing.with("wg")), ["wg2", "wg", "wg"]);
+        assert_eq!(Ways::of_kernels("wg", |name| name == "wg2"), ["wg2"]);
+    }
+
+    #[test]
+    fn an_agent_that_finds_the_kernels_interfaces_goes_on_by_them_and_knows_which_nodes_have_joined_since() {
+        let way = |interface: &str, own_generation, peer: u8, has_session| HeldWay {
+            interface: interface.to_owned(),
+            own_generation,
+            peer: [peer; 32].into(),
+            has_session,
+        };
+        let node = |name: &str, keys: &[(u64, u8)]| {
+            let key = |(generation, key): &(u64, u8)| TunnelKey {
+                generation: *generation,
+                public_key: [*key; 32],
+                ports: [1, 2],
+            };
+            let keys = keys.iter().map(key).collect();
+            Arc::new(NodeTunnel { node: name.into(), addresses: vec![], pod_ranges: vec![], keys })
+        };
+        let others = [
+            node("b", &[(7, 1), (8, 2)]),
+            node("c", &[(3, 3)]),
+            node("joined", &[(1, 4)]),
+            node("d", &[(1, 5)]),
+        ];
+        let found = [
+            way("wg0", 4, 2, false),
+            way("wg1", 4, 1, true),
+            way("wg3", 5, 1, false),
+            way("wg0", 4, 9, true),
+            way("wg3", 5, 3, false),
+            way("wg1", 4, 3, false),
+            way("wg1", 4, 5, true),
+            way("wg3", 5, 5, true),
+        ];
+        let to = |interface: &str, live| (interface.to_owned(), live);
+        let expected = [("b", to("wg1", true)), ("c", to("wg1", false)), ("d", to("wg3", true))];
+        assert_eq!(held(&found, &others), expected.map(|(node, to)| (node.to_owned(), to)).into());
     }
 }

@@ -118,6 +118,36 @@ impl Links {
         }
     }
 
+    /// All interfaces of this kind, by name.
+    pub(super) fn wireguards(&self) -> io::Result<Vec<(String, Link)>> {
+        let all: Vec<LinkMessage> = self
+            .runtime
+            .block_on(async { self.handle.link().get().execute().try_collect().await })
+            .map_err(error)?;
+        let named = |message: LinkMessage| {
+            let name = message.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name.clone()),
+                _ => None,
+            });
+            Some((name?, Link::read(message)))
+        };
+        Ok(all.into_iter().filter_map(named).filter(|(_, link)| link.is_wireguard).collect())
+    }
+
+    /// Gives an interface another name. It is up afterwards; its routes may be gone, and its sessions.
+    pub(super) fn rename(&self, link: &Link, name: &str) -> io::Result<()> {
+        let change = || LinkUnspec::new_with_index(link.index);
+        match self.change(change().name(name.to_owned())) {
+            // Older kernels rename only what is down.
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                self.change(change().down())?;
+                self.change(change().name(name.to_owned()))?;
+            }
+            other => other?,
+        }
+        self.change(change().up())
+    }
+
     fn change(&self, link: LinkMessageBuilder<LinkUnspec>) -> io::Result<()> {
         self.runtime.block_on(self.handle.link().set(link.build()).execute()).map_err(error)
     }

@@ -8,8 +8,10 @@
 //! The interfaces stay when the process ends. They bear a note of their key's generation, so that the next process finds
 //! what it needs ([`held`]) and goes on with the same keys and sessions.
 
+mod counters;
 mod held;
 mod link;
+mod pair;
 mod plan;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -22,12 +24,14 @@ use ipnet::IpNet;
 use parking_lot::Mutex;
 use wireguard_uapi::{DeviceInterface, WgSocket, get, set};
 
-pub use self::held::{HeldKey, held, leave, missing, remove};
+use self::counters::Counters;
+pub use self::held::{HeldKey, HeldWay, adopt, held, leave, missing, remove, ways};
 use self::held::{Note, now};
 use self::link::Links;
+pub use self::pair::Pair;
 use self::plan::{Plan, Planned};
 use super::{
-    ApplyError, Conflict, DropCause, KeyStatus, Mode, OwnKey, PeerNode, PeerStatus, PublicKey, Tunnel,
+    ApplyError, Conflict, KeyStatus, Mode, OwnKey, Packets, PeerNode, PeerStatus, PublicKey, Tunnel,
     TunnelStatus,
 };
 
@@ -71,11 +75,6 @@ impl Settings {
     }
 }
 
-/// UDP ports of an own key of a generation, as [`Tunnel::ports`]; `port` is [`Settings::port`].
-pub fn ports(port: u16, own_generation: u64) -> [u16; 2] {
-    [0, 1].map(|parity| port + u16::from(plan::number(own_generation, parity)))
-}
-
 /// A tunnel of which the kernel is the WireGuard, in the network namespace of the thread that made it.
 pub struct KernelDevice {
     settings: Settings,
@@ -91,8 +90,11 @@ struct State {
     eager: bool,
     /// When the keys of these generations were made, in seconds since 1970.
     made: BTreeMap<u64, u64>,
+    /// Their ports, where they were chosen.
+    pairs: BTreeMap<u64, Pair>,
     /// Endpoints as they were told, so that a node that has moved is not called back.
     told: HashMap<(u8, PublicKey), Option<SocketAddr>>,
+    counters: Counters,
 }
 
 impl KernelDevice {
@@ -110,7 +112,9 @@ impl KernelDevice {
             mtu: settings.mtu,
             eager: false,
             made: BTreeMap::new(),
+            pairs: BTreeMap::new(),
             told: HashMap::new(),
+            counters: Counters::default(),
         };
         Ok(Self { settings, state: Mutex::new(state) })
     }
@@ -123,6 +127,11 @@ impl KernelDevice {
     /// Whether sessions are to be agreed on with all nodes, as when another tunnel's place is to be taken.
     pub fn set_eager(&self, eager: bool) {
         self.state.lock().eager = eager;
+    }
+
+    /// Chooses the ports of an own key, from the next [`Tunnel::apply`] on. Two keys cannot have the same.
+    pub fn place(&self, own_generation: u64, pair: Pair) {
+        self.state.lock().pairs.insert(own_generation, pair);
     }
 
     /// Names of the interfaces that there should be.
@@ -162,9 +171,11 @@ impl Tunnel for KernelDevice {
         let conflicts = plan.conflicts.clone();
         let generations: BTreeSet<u64> = own.iter().map(|key| key.generation).collect();
         state.made.retain(|generation, _| generations.contains(generation));
-        // What one interface is refused for is no reason to leave the others undone.
+        state.pairs.retain(|generation, _| generations.contains(generation));
+        // What one interface is refused for is no reason to leave the others undone. Those that go make room for ports.
         let mut first = Ok(());
-        for number in NUMBERS {
+        let (stay, go): (Vec<u8>, Vec<u8>) = NUMBERS.partition(|number| plan.interfaces.contains_key(number));
+        for number in go.into_iter().chain(stay) {
             first = first.and(state.follow(&self.settings, number, plan.interfaces.get(&number)));
         }
         state.plan = plan;
@@ -194,7 +205,7 @@ impl Tunnel for KernelDevice {
                     public: way.1,
                     endpoint: status.and_then(|p| p.endpoint),
                     handshake_age: status.and_then(age),
-                    handshakes: None,
+                    handshakes: Some(state.counters.handshakes_with(way)),
                     sending: sending == Some(way),
                     tx_packets: None,
                     tx_bytes: status.map_or(0, |p| p.tx_bytes),
@@ -203,6 +214,8 @@ impl Tunnel for KernelDevice {
                 });
             }
         }
+        state.count(&self.settings);
+        let counted = state.counters.sum();
         TunnelStatus {
             mode: Mode::Kernel,
             interfaces: state.interfaces(&self.settings),
@@ -210,7 +223,8 @@ impl Tunnel for KernelDevice {
             mtu: state.mtu,
             own_keys: state.plan.own.iter().rev().map(|(generation, key)| (*generation, *key)).collect(),
             peers,
-            drops: state.drops(&self.settings),
+            packets: Some(Packets { sent: counted.sent, received: counted.received }),
+            drops: counted.drops(),
         }
     }
 
@@ -219,18 +233,22 @@ impl Tunnel for KernelDevice {
     }
 
     fn ports(&self, own_generation: u64) -> [u16; 2] {
-        ports(self.settings.port, own_generation)
+        self.state.lock().pair(own_generation).ports(self.settings.port)
     }
 }
 
 impl State {
+    fn pair(&self, own_generation: u64) -> Pair {
+        self.pairs.get(&own_generation).copied().unwrap_or_else(|| Pair::usual(own_generation))
+    }
+
     fn interfaces(&self, settings: &Settings) -> Vec<String> {
         self.plan.interfaces.keys().map(|number| settings.name(*number)).collect()
     }
 
     /// What the kernel says of each peer of each interface.
     fn seen(&mut self, settings: &Settings) -> Seen {
-        let mut seen = BTreeMap::new();
+        let mut seen: Seen = BTreeMap::new();
         for number in self.plan.interfaces.keys() {
             // One that is not there has no sessions; whoever routes to it finds out.
             let Ok(device) = self.wireguard.get_device(DeviceInterface::from_name(settings.name(*number)))
@@ -239,27 +257,18 @@ impl State {
             };
             seen.extend(device.peers.into_iter().map(|peer| ((*number, peer.public_key.into()), peer)));
         }
+        self.counters.handshakes(seen.iter().map(|(way, peer)| (*way, peer.last_handshake_time)));
         seen
     }
 
-    /// What the kernel counts for an interface and no peer in particular.
-    fn drops(&self, settings: &Settings) -> BTreeMap<DropCause, u64> {
-        let mut drops = BTreeMap::new();
-        for number in self.plan.interfaces.keys() {
-            let Ok(Some(link)) = self.links.get(&settings.name(*number)) else { continue };
-            let Some(counters) = link.counters else { continue };
-            // drivers/net/wireguard/{device,send,receive}.c
-            let causes = [
-                (DropCause::NoPeer, counters.tx_errors),
-                (DropCause::QueueFull, counters.tx_dropped),
-                (DropCause::Malformed, counters.rx_length_errors),
-                (DropCause::Spoofed, counters.rx_frame_errors.saturating_sub(counters.rx_length_errors)),
-            ];
-            for (cause, count) in causes.into_iter().filter(|(_, count)| *count > 0) {
-                *drops.entry(cause).or_default() += count;
+    /// Looks at what the kernel counts for interfaces.
+    fn count(&mut self, settings: &Settings) {
+        for number in NUMBERS {
+            // One that cannot be asked has counted what it had.
+            if let Ok(link) = self.links.get(&settings.name(number)) {
+                self.counters.interface(number, link.and_then(|link| Some(link.counters?.into())));
             }
         }
-        drops
     }
 
     /// Makes one interface what is planned for it; without a plan, there shall be none.
@@ -305,7 +314,7 @@ impl State {
             // Another key: nothing of what there was may stay.
             device = device.private_key(planned.private.bytes()).flags(vec![set::WgDeviceF::ReplacePeers]);
         }
-        let port = settings.port + u16::from(number);
+        let port = self.pair(planned.own_generation).ports(settings.port)[usize::from(number % 2)];
         if present.listen_port != port {
             device = device.listen_port(port);
         }

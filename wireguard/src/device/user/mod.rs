@@ -336,6 +336,7 @@ impl Device {
             mtu: self.mtu.load(Ordering::Relaxed),
             own_keys: config.own.iter().map(|own| (own.generation, own.key)).collect(),
             peers: peers.collect::<BTreeMap<_, _>>(),
+            packets: None,
             drops,
         }
     }
