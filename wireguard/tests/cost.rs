@@ -41,6 +41,7 @@ fn inputs(singles: u32) -> Inputs {
         device: Some(DEVICE.to_owned()),
         pod_ranges: pods(node, singles),
         node_addresses: vec![Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 91, 16, 0)) + node).into()],
+        node_device: None,
         usable_mtu: None,
     };
     Inputs {

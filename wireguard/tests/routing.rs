@@ -3,10 +3,10 @@
 mod require;
 mod support;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 
 use support::*;
-use wireguard::net::{NodeTraffic, Settings, WithoutDevice};
+use wireguard::net::{Inputs, Router, Settings, WithoutDevice};
 
 const CANARY: &[u8] = b"canary-of-the-pods";
 const MTU: u16 = 1408;
@@ -184,9 +184,10 @@ fn uninstalling_leaves_what_others_made_and_nothing_of_ours() {
     a.netns.ip("-6 rule add priority 15873 from 2001:db8::/32 lookup main");
     a.netns.ip("route add 203.0.113.0/24 dev up0 table 15871");
     a.netns.ip(&format!("link set {DEVICE} up"));
+    a.netns.ip("route add 203.0.113.0/24 dev up0 table 15872");
     let before = a.netns.routing();
-    let settings = Settings { node_traffic: NodeTraffic::Inside, ..Settings::default() };
-    a.apply(&settings, &world.inputs(0, MTU));
+    let settings = Settings::default();
+    a.apply(&settings, &with_nodes_inside(world.inputs(0, MTU)));
     assert_ne!(a.netns.routing(), before);
     assert!(a.uninstall(&settings) > 10);
     // The address of the device goes with its entry in the local table.
@@ -261,38 +262,96 @@ fn beside_a_vxlan_cni_pods_use_the_tunnel_and_not_the_overlay() {
     assert!(!packets.iter().any(|packet| packet.shows(CANARY)), "{packets:?}");
 }
 
+/// Has the node's own processes reach all peers by the tunnel.
+fn with_nodes_inside(mut inputs: Inputs) -> Inputs {
+    inputs.peers.iter_mut().for_each(|peer| peer.node_device = Some(DEVICE.to_owned()));
+    inputs
+}
+
 #[test]
 #[ignore = "needs root"]
-fn the_nodes_own_traffic_goes_inside_when_asked_but_never_to_the_api_server() {
+fn the_nodes_own_traffic_goes_inside_where_it_is_asked_for_and_outside_when_the_device_is_gone() {
     require_network!();
-    let world = World::new(2);
-    let _tunnels = world.tunnels(Node::v4);
-    let (a, b) = (&world.nodes[0], &world.nodes[1]);
+    let world = World::new(3);
+    let tunnels = world.tunnels(Node::v4);
+    let (a, b, c) = (&world.nodes[0], &world.nodes[1], &world.nodes[2]);
     let wire = world.wire();
-    world.apply(&Settings::default(), MTU);
-    for address in b.addresses() {
-        tcp_echo((&a.netns, 0), (&b.netns, SocketAddr::new(address, 0)), CANARY).unwrap();
-        assert!(wire.packets().iter().all(|packet| !packet.is_tunnel()), "outside by default");
-    }
-    let bootstrap = b.addresses().into_iter().map(|address| SocketAddr::new(address, 6443)).collect();
-    let settings = Settings { node_traffic: NodeTraffic::Inside, bootstrap, ..Settings::default() };
+    let settings = Settings::default();
     world.apply(&settings, MTU);
-    for address in b.addresses() {
-        let seen = tcp_echo((&a.netns, 0), (&b.netns, SocketAddr::new(address, 0)), CANARY).unwrap();
-        assert!(a.addresses().contains(&seen.ip()), "{seen} is not the node's address");
-        wire.assert_only_tunnel(CANARY);
-        tcp_echo((&a.netns, 0), (&b.netns, SocketAddr::new(address, 6443)), CANARY).unwrap();
-        let packets = wire.packets();
-        let there =
-            packets.iter().filter(|packet| packet.destination_port == 6443 && packet.shows(CANARY)).count();
-        let back = packets.iter().filter(|packet| packet.source_port == 6443 && packet.shows(CANARY)).count();
-        assert!(there > 0 && back > 0, "the API server is outside");
+    let before = without_link_local(&a.netns.routing());
+    let shows = |wire: &Wire| wire.packets().iter().any(|packet| packet.shows(CANARY));
+    let talk = |from: &Netns, to: &Netns, addresses: &[IpAddr]| {
+        let mut seen = Vec::new();
+        for address in addresses {
+            seen.push(tcp_echo((from, 0), (to, SocketAddr::new(*address, 0)), &CANARY.repeat(5_000)).unwrap());
+            seen.push(udp_echo(from, to, *address, CANARY).unwrap());
+        }
+        seen.into_iter().map(|seen| seen.ip()).collect::<Vec<_>>()
+    };
+    talk(&a.netns, &b.netns, &b.addresses());
+    let packets = wire.packets();
+    assert!(packets.iter().all(|packet| !packet.is_tunnel()), "outside by default");
+
+    // Both of a and b, and neither of them to c.
+    for (index, node) in [a, b].into_iter().enumerate() {
+        let mut inputs = with_nodes_inside(world.inputs(index, MTU));
+        inputs.peers.last_mut().unwrap().node_device = None;
+        assert_eq!(node.apply(&settings, &inputs).refused, []);
+        assert_eq!(node.apply(&settings, &inputs).changes, 0, "the kernel holds what it was told");
     }
-    for address in b.pods() {
-        udp_echo(&a.netns, &b.pod, address, CANARY).unwrap();
-        udp_echo(&b.pod, &a.netns, if address.is_ipv4() { a.v4() } else { a.v6() }, CANARY).unwrap();
-        wire.assert_only_tunnel(CANARY);
+    for (from, to) in [(a, b), (b, a)] {
+        let seen = talk(&from.netns, &to.netns, &to.addresses());
+        assert!(seen.iter().all(|seen| from.addresses().contains(seen)), "{seen:?} are not the node's");
     }
+    wire.assert_only_tunnel(CANARY);
+
+    // What stays outside: the mesh, overlays, pods, nodes to which there is no way, and other addresses of the node.
+    let echo = |port: u16| tcp_echo((&a.netns, 0), (&b.netns, SocketAddr::new(b.v4(), port)), CANARY);
+    echo(15_008).unwrap();
+    assert!(shows(&wire), "the mesh");
+    let lone = |port: u16| {
+        a.netns.run(|| {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+            socket.send_to(CANARY, (b.v4(), port)).unwrap();
+        });
+        wait_until("an overlay's datagram outside", || shows(&wire));
+    };
+    [8472, 4789, 6081].into_iter().for_each(lone);
+    for pods in b.pods() {
+        udp_echo(&a.netns, &b.pod, pods, CANARY).unwrap();
+        assert!(shows(&wire), "pods");
+    }
+    talk(&a.netns, &c.netns, &c.addresses());
+    assert!(shows(&wire), "nodes that are not to be reached inside");
+    for (address, to) in [("10.91.1.77", b.v4()), ("fd91:0:0:1::77", b.v6())] {
+        let length = if to.is_ipv4() { 24 } else { 64 };
+        let nodad = if to.is_ipv4() { "" } else { " nodad" };
+        a.netns.ip(&format!("address add {address}/{length} dev up0{nodad}"));
+        let seen = a.netns.run(|| {
+            let socket = UdpSocket::bind((address, 0)).unwrap();
+            socket.send_to(CANARY, (to, 9)).unwrap();
+            socket.local_addr().unwrap()
+        });
+        wait_until("a datagram of another address outside", || shows(&wire));
+        assert_eq!(seen.ip().to_string(), address);
+    }
+
+    // The tunnel's own datagrams are asked after, whatever way others take.
+    let devices = a.netns.run_async(|| async {
+        Router::open(Settings::default()).unwrap().devices_towards(&b.addresses()).await.unwrap()
+    });
+    assert_eq!(devices.into_keys().collect::<Vec<_>>(), ["up0"]);
+
+    drop(tunnels);
+    talk(&a.netns, &b.netns, &b.addresses());
+    assert!(shows(&wire), "never refused");
+
+    let _tunnels = world.tunnels(Node::v4);
+    world.apply(&settings, MTU);
+    // The addresses that were added above are the test's.
+    a.netns.ip("address del 10.91.1.77/24 dev up0");
+    a.netns.ip("address del fd91:0:0:1::77/64 dev up0");
+    assert_eq!(without_link_local(&a.netns.routing()), before, "nothing of it is left");
 }
 
 #[test]
@@ -313,6 +372,7 @@ fn a_thousand_peers_are_routed_and_one_change_is_one_change() {
                 format!("fdaa:0:0:{n:x}::/64").parse().unwrap(),
             ],
             node_addresses: Vec::new(),
+            node_device: None,
             usable_mtu: None,
         });
     }

@@ -126,12 +126,12 @@ mod tests {
     fn a_route() -> Route {
         let name = "sockmesh_wg".to_owned();
         let target = Target::Device { name, mtu: 1300, locked: true, advmss: Some(1240), source: None };
-        Route { destination: "fd92::/64".parse().unwrap(), metric: 100, target }
+        Route { table: 15_871, destination: "fd92::/64".parse().unwrap(), metric: 100, target }
     }
 
     /// A rule, a route and an end, as they come in one datagram.
     fn datagrams() -> [Vec<u8>; 3] {
-        let route = messages::of_route(&settings(), &devices(), &a_route()).unwrap();
+        let route = messages::of_route(&devices(), &a_route()).unwrap();
         [
             written(RouteNetlinkMessage::NewRule(messages::of_rule(&a_rule()))),
             written(RouteNetlinkMessage::NewRoute(route)),

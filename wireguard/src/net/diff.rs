@@ -24,9 +24,9 @@ pub(crate) enum Change {
     RemoveRule(Rule),
 }
 
-/// Destination and metric: what tells routes of one table apart.
-fn place(route: &Route) -> (IpNet, u32) {
-    (route.destination, route.metric)
+/// What tells routes apart.
+fn place(route: &Route) -> (u32, IpNet, u32) {
+    (route.table, route.destination, route.metric)
 }
 
 /// The changes from `observed` to `desired`: first what makes new ways, then what sends packets there, and only then
@@ -38,7 +38,7 @@ pub(crate) fn changes(observed: &Observed, desired: &Desired) -> Vec<Change> {
     changes.extend(added.map(|(device, address)| Change::AddAddress(device.clone(), *address)));
 
     let new_routes: Vec<&Route> = desired.routes.difference(&held.routes).collect();
-    let replaced: BTreeSet<(IpNet, u32)> = new_routes.iter().map(|route| place(route)).collect();
+    let replaced: BTreeSet<(u32, IpNet, u32)> = new_routes.iter().map(|route| place(route)).collect();
     changes.extend(new_routes.into_iter().cloned().map(Change::SetRoute));
 
     let asks = |rule: &&Rule| matches!(rule.action, Action::Table(_));
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
     use crate::net::{
         plan::{Inputs, LocalNode, PeerRoute, TunnelDevice, plan},
-        settings::{NodeTraffic, Settings, WithoutDevice},
+        settings::{Settings, WithoutDevice},
     };
 
     /// What the kernel does with a change.
@@ -93,18 +93,19 @@ mod tests {
                     }
                     ranges
                 };
+                let nodes = |n: u8| {
+                    vec![format!("10.91.0.{n}").parse().unwrap(), format!("fd91::{n}").parse().unwrap()]
+                };
                 let settings = Settings {
                     include_mesh,
-                    node_traffic: if is_inside { NodeTraffic::Inside } else { NodeTraffic::Outside },
                     without_device: if is_open { WithoutDevice::Pass } else { WithoutDevice::Refuse },
-                    bootstrap: vec!["10.91.0.1:6443".parse().unwrap()],
                     ..Settings::default()
                 };
                 let device = |n: u8| format!("sockmesh_wg{}", n % 2);
                 let inputs = Inputs {
                     local: LocalNode {
                         pod_ranges: ranges(own, has_v6),
-                        node_addresses: vec![format!("10.91.0.{own}").parse().unwrap()],
+                        node_addresses: nodes(own),
                     },
                     devices: (0..2).map(|n| TunnelDevice { name: device(n), mtu: 1408 }).collect(),
                     peers: peers
@@ -113,7 +114,8 @@ mod tests {
                             name: format!("node-{n}"),
                             device: (dev < 5).then(|| device(dev)),
                             pod_ranges: ranges(n, has_v6),
-                            node_addresses: vec![format!("10.91.0.{n}").parse().unwrap()],
+                            node_addresses: nodes(n),
+                            node_device: (dev < 4 && is_inside).then(|| device(dev)),
                             usable_mtu,
                         })
                         .collect(),
@@ -170,7 +172,7 @@ mod tests {
                 let best = desired
                     .routes
                     .iter()
-                    .filter(|route| route.destination.contains(&address))
+                    .filter(|route| route.table == settings.table && route.destination.contains(&address))
                     .max_by_key(|route| (route.destination.prefix_len(), std::cmp::Reverse(route.metric)));
                 prop_assert_eq!(&best.unwrap().target, &crate::net::plan::Target::Throw);
             }

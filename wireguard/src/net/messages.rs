@@ -151,14 +151,14 @@ fn to_address(address: &RouteAddress) -> Option<IpAddr> {
 }
 
 /// The message for a route; `None` when its device is not there.
-pub(crate) fn of_route(settings: &Settings, devices: &Devices, route: &Route) -> Option<RouteMessage> {
+pub(crate) fn of_route(devices: &Devices, route: &Route) -> Option<RouteMessage> {
     let mut message = RouteMessage::default();
     message.header.address_family = address_family(Family::of_net(&route.destination));
     message.header.destination_prefix_length = route.destination.prefix_len();
     message.header.table = RouteHeader::RT_TABLE_UNSPEC;
     message.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
     let attributes = &mut message.attributes;
-    attributes.push(RouteAttribute::Table(settings.table));
+    attributes.push(RouteAttribute::Table(route.table));
     attributes.push(RouteAttribute::Priority(route.metric));
     attributes.push(RouteAttribute::Destination(address(route.destination.addr())));
     match &route.target {
@@ -211,7 +211,7 @@ pub(crate) fn to_route(settings: &Settings, devices: &Devices, message: &RouteMe
             _ => {}
         }
     }
-    if table != settings.table {
+    if table != settings.table && table != settings.node_table {
         return None;
     }
     let target = match message.header.kind {
@@ -221,5 +221,5 @@ pub(crate) fn to_route(settings: &Settings, devices: &Devices, message: &RouteMe
         _ => return None,
     };
     let destination = IpNet::new(to, message.header.destination_prefix_length).ok()?;
-    Some(Route { destination, metric, target })
+    Some(Route { table, destination, metric, target })
 }

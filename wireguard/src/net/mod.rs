@@ -6,7 +6,7 @@
 //! each peer.
 //!
 //! What is recognised as ours: rules that bear [`ROUTE_PROTOCOL`] at one of our ten priorities, routes that bear it in our
-//! table, and addresses of the tunnel's devices.
+//! tables, and addresses of the tunnel's devices.
 //!
 //! Not a goal: to drop what takes another way. Routes decide where packets go when all is well; what must never leave
 //! in clear text is the concern of strict mode, which is in the kernel and does not depend on routes.
@@ -26,4 +26,4 @@ mod settings;
 pub use error::Error;
 pub use plan::{Family, Inputs, LocalNode, PeerRoute, Refused, TunnelDevice};
 pub use router::{Applied, DeviceStatus, RouteStatus, Router, RoutingStatus};
-pub use settings::{NodeTraffic, ROUTE_PROTOCOL, Settings, WithoutDevice};
+pub use settings::{ROUTE_PROTOCOL, Settings, WithoutDevice};

@@ -10,7 +10,7 @@ use rtnetlink::{
         NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
     },
     packet_route::{
-        AddressFamily, RouteNetlinkMessage,
+        AddressFamily, IpProtocol, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope},
         link::{
             AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InetDevConf, LinkAttribute, LinkFlags,
@@ -239,8 +239,9 @@ impl Netlink {
         Ok(snapshot)
     }
 
-    /// Numbers of the devices by which packets to an address leave the node now; none without a route.
-    pub(crate) async fn devices_to(&self, address: IpAddr) -> Result<Vec<u32>, Error> {
+    /// Numbers of the devices by which the tunnel's own datagrams to an address leave the node now, those from `port`; none
+    /// without a route. Others may go through the tunnel.
+    pub(crate) async fn devices_to(&self, address: IpAddr, port: u16) -> Result<Vec<u32>, Error> {
         let mut question = RouteMessage::default();
         let (family, destination, length) = match address {
             IpAddr::V4(v4) => (AddressFamily::Inet, RouteAddress::Inet(v4), 32),
@@ -249,6 +250,8 @@ impl Netlink {
         question.header.address_family = family;
         question.header.destination_prefix_length = length;
         question.attributes.push(RouteAttribute::Destination(destination));
+        question.attributes.push(RouteAttribute::IpProto(IpProtocol::Udp.into()));
+        question.attributes.push(RouteAttribute::Sport(port));
         let what = || format!("ask for the route to {address}");
         let answers = match self.request(what, RouteNetlinkMessage::GetRoute(question), 0).await {
             Err(error) if error.is_unreachable() => return Ok(Vec::new()),
@@ -266,12 +269,7 @@ impl Netlink {
         Ok(devices)
     }
 
-    pub(crate) async fn apply(
-        &self,
-        settings: &Settings,
-        devices: &Devices,
-        change: &Change,
-    ) -> Result<(), Error> {
+    pub(crate) async fn apply(&self, devices: &Devices, change: &Change) -> Result<(), Error> {
         let create = NLM_F_ACK | NLM_F_CREATE;
         let (what, message, flags, fine) = match change {
             Change::AddAddress(device, address) => (
@@ -287,14 +285,14 @@ impl Netlink {
                 libc::EADDRNOTAVAIL,
             ),
             Change::SetRoute(route) => (
-                format!("set the route {} of table {}", route.destination, settings.table),
-                RouteNetlinkMessage::NewRoute(route_message(settings, devices, route)?),
+                format!("set the route {} of table {}", route.destination, route.table),
+                RouteNetlinkMessage::NewRoute(route_message(devices, route)?),
                 create | NLM_F_REPLACE,
                 0,
             ),
             Change::RemoveRoute(route) => (
-                format!("remove the route {} of table {}", route.destination, settings.table),
-                RouteNetlinkMessage::DelRoute(route_message(settings, devices, route)?),
+                format!("remove the route {} of table {}", route.destination, route.table),
+                RouteNetlinkMessage::DelRoute(route_message(devices, route)?),
                 NLM_F_ACK,
                 libc::ESRCH,
             ),
@@ -383,12 +381,8 @@ pub(crate) fn nothing() -> Desired {
     Desired { rules: BTreeSet::new(), routes: BTreeSet::new(), addresses: BTreeSet::new() }
 }
 
-fn route_message(
-    settings: &Settings,
-    devices: &Devices,
-    route: &super::plan::Route,
-) -> Result<RouteMessage, Error> {
-    messages::of_route(settings, devices, route).ok_or_else(|| match &route.target {
+fn route_message(devices: &Devices, route: &super::plan::Route) -> Result<RouteMessage, Error> {
+    messages::of_route(devices, route).ok_or_else(|| match &route.target {
         super::plan::Target::Device { name, .. } => Error::NoDevice(name.clone()),
         _ => Error::NoDevice(String::new()),
     })

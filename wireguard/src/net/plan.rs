@@ -6,12 +6,18 @@
 //! |---|---|---|
 //! | 0 | from the node itself, UDP source port of the tunnel: skip | the tunnel's own datagrams must not enter it |
 //! | 1 | TCP destination or source port 15008: skip | the mesh's mutual TLS is encrypted already |
-//! | 2 | bootstrap destinations and sources: skip | only when the node's own traffic goes inside |
 //! | 3 | from the pods of this node: our table | |
-//! | 4 | from the node itself: our table | only when the node's own traffic goes inside |
+//! | 4 | from the node itself, UDP to the ports of overlays: skip | they carry pods' packets |
+//! | 5 | TCP and UDP from the node itself and its own address: the nodes' table | |
+//! | 6 | from the node itself and any other address: skip | IPv6: the next rule cannot say "no address" |
+//! | 7 | TCP and UDP from the node itself, from no address yet: the nodes' table | the route gives it the node's |
 //! | 9 | nothing: where "skip" continues | rules of others after ours still hold |
 //!
-//! Our table has no default: what it does not know goes on to the next rule.
+//! Rules 4 to 7 are there only while something of the node's own traffic goes inside. What a process sends from another
+//! address than the node's, a virtual one perhaps, stays outside: the peer would take it for somebody else's.
+//!
+//! Our tables have no default: what they do not know goes on to the next rule. A pod range has a refusal for when its device
+//! is gone; a node's address has none, and goes outside then.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,7 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     mtu,
-    settings::{FALLBACK_METRIC, NodeTraffic, Settings, TUNNEL_METRIC, WithoutDevice},
+    settings::{FALLBACK_METRIC, Settings, TUNNEL_METRIC, WithoutDevice},
 };
 
 /// IPv4 or IPv6.
@@ -94,7 +100,7 @@ pub(crate) struct Rule {
     pub(crate) action: Action,
 }
 
-/// Where a route of our table leads.
+/// Where a route of ours leads.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Target {
     /// Through a tunnel device.
@@ -116,9 +122,10 @@ pub(crate) enum Target {
     Unreachable,
 }
 
-/// One route of our table. Two of them with the same `destination` and `metric` cannot be.
+/// One route of ours. Two of them with the same `table`, `destination` and `metric` cannot be.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Route {
+    pub(crate) table: u32,
     pub(crate) destination: IpNet,
     pub(crate) metric: u32,
     pub(crate) target: Target,
@@ -162,6 +169,8 @@ pub struct PeerRoute {
     pub pod_ranges: Vec<IpNet>,
     /// Addresses of the node itself.
     pub node_addresses: Vec<IpAddr>,
+    /// Device by which this node's own processes are to reach these addresses; none while they are to do so outside.
+    pub node_device: Option<String>,
     /// Largest packet known to reach it through the tunnel, in bytes, when that is less than the device's.
     pub usable_mtu: Option<u16>,
 }
@@ -232,16 +241,21 @@ pub(crate) fn plan(settings: &Settings, inputs: &Inputs, own_addresses: &[IpAddr
     // Whatever a peer claims, packets for this node's own pods and for the node stay here.
     let own_nodes = inputs.local.node_addresses.iter().map(|address| IpNet::from(*address));
     for destination in local_ranges.iter().copied().chain(own_nodes) {
-        plan.desired.routes.insert(Route { destination, metric: TUNNEL_METRIC, target: Target::Throw });
+        let (table, metric) = (settings.table, TUNNEL_METRIC);
+        plan.desired.routes.insert(Route { table, destination, metric, target: Target::Throw });
+    }
+    let mut taken = BTreeMap::new();
+    for peer in &inputs.peers {
+        add_node(&mut plan, settings, inputs, &local_ranges, peer, &mut taken);
     }
     plan.within = within(&plan.taken, &local_ranges);
     for family in [Family::V4, Family::V6] {
         let sources: Vec<IpNet> =
             local_ranges.iter().filter(|range| Family::of_net(range) == family).copied().collect();
-        let is_inside = settings.node_traffic == NodeTraffic::Inside
-            && inputs.local.node_addresses.iter().any(|address| Family::of(*address) == family);
-        if !sources.is_empty() || is_inside {
-            plan.desired.rules.extend(rules(settings, inputs, family, &sources, is_inside));
+        let of_nodes = taken.keys().any(|address| Family::of_net(address) == family);
+        let own: Vec<IpAddr> = inputs.local.node_addresses.iter().copied().filter(|_| of_nodes).collect();
+        if !sources.is_empty() || of_nodes {
+            plan.desired.rules.extend(rules(settings, family, &sources, &own));
         }
     }
     // Masquerading CNIs give packets the address of the device that they leave by: with one from the pods' own range,
@@ -265,36 +279,70 @@ fn add_peer(plan: &mut Plan, settings: &Settings, inputs: &Inputs, local_ranges:
             |range: &IpNet| Refused { peer: peer.name.clone(), range: *range, reason: reason.clone() };
         plan.refused.extend(peer.pod_ranges.iter().map(refuse));
     }
-    let own = |family: Family| {
-        inputs.local.node_addresses.iter().copied().find(|address| Family::of(*address) == family)
-    };
-    let is_inside = settings.node_traffic == NodeTraffic::Inside;
-    let node_ranges = peer.node_addresses.iter().filter(|_| is_inside).map(|address| IpNet::from(*address));
-    for range in peer.pod_ranges.iter().copied().chain(node_ranges) {
+    let table = settings.table;
+    for range in &peer.pod_ranges {
         let range = range.trunc();
-        if let Some(reason) = refusal(plan, inputs, local_ranges, &range) {
+        if let Some(reason) = refusal(&plan.taken, inputs, local_ranges, &range) {
             plan.refused.push(Refused { peer: peer.name.clone(), range, reason });
             continue;
         }
         if let Some(device) = device {
             let family = Family::of_net(&range);
-            let usable = peer.usable_mtu.map_or(device.mtu, |usable| usable.min(device.mtu));
-            let (mtu, advmss) = mtu::of_route(family, usable);
-            let source = if is_inside { own(family) } else { None };
+            let (mtu, advmss) = mtu::of_route(family, usable(peer, device));
             let locked = family == Family::V6 && mtu < device.mtu;
-            let target = Target::Device { name: device.name.clone(), mtu, locked, advmss, source };
-            plan.desired.routes.insert(Route { destination: range, metric: TUNNEL_METRIC, target });
+            let target = Target::Device { name: device.name.clone(), mtu, locked, advmss, source: None };
+            plan.desired.routes.insert(Route { table, destination: range, metric: TUNNEL_METRIC, target });
         }
         plan.taken.insert(range, peer.name.clone());
         if settings.without_device == WithoutDevice::Refuse {
             let target = Target::Unreachable;
-            plan.desired.routes.insert(Route { destination: range, metric: FALLBACK_METRIC, target });
+            plan.desired.routes.insert(Route { table, destination: range, metric: FALLBACK_METRIC, target });
         }
     }
 }
 
+/// Largest packet that reaches a peer through a device.
+fn usable(peer: &PeerRoute, device: &TunnelDevice) -> u16 {
+    peer.usable_mtu.map_or(device.mtu, |usable| usable.min(device.mtu))
+}
+
+/// Has this node's own processes reach a peer's own addresses through the tunnel. `taken` says whose they are.
+fn add_node(
+    plan: &mut Plan,
+    settings: &Settings,
+    inputs: &Inputs,
+    local_ranges: &[IpNet],
+    peer: &PeerRoute,
+    taken: &mut BTreeMap<IpNet, String>,
+) {
+    let named = |device: &&TunnelDevice| peer.node_device.as_ref() == Some(&device.name);
+    let Some(device) = inputs.devices.iter().find(named) else { return };
+    for address in &peer.node_addresses {
+        let (destination, family) = (IpNet::from(*address), Family::of(*address));
+        let own = inputs.local.node_addresses.iter().copied().find(|own| Family::of(*own) == family);
+        // Without an address that the peer knows nothing would be taken for this node's.
+        let Some(own) = own else { continue };
+        if let Some(reason) = refusal(taken, inputs, local_ranges, &destination) {
+            plan.refused.push(Refused { peer: peer.name.clone(), range: destination, reason });
+            continue;
+        }
+        let (mtu, advmss) = mtu::of_route(family, usable(peer, device));
+        let (name, source) = (device.name.clone(), Some(own));
+        // Not locked: the node's own packets are to learn of narrower paths.
+        let target = Target::Device { name, mtu, locked: false, advmss, source };
+        let (table, metric) = (settings.node_table, TUNNEL_METRIC);
+        plan.desired.routes.insert(Route { table, destination, metric, target });
+        taken.insert(destination, peer.name.clone());
+    }
+}
+
 /// Why a peer may not have this range.
-fn refusal(plan: &Plan, inputs: &Inputs, local_ranges: &[IpNet], range: &IpNet) -> Option<String> {
+fn refusal(
+    taken: &BTreeMap<IpNet, String>,
+    inputs: &Inputs,
+    local_ranges: &[IpNet],
+    range: &IpNet,
+) -> Option<String> {
     if local_ranges.iter().any(|local| local.contains(range)) {
         return Some(
             "it lies in a pod range of this node; two nodes have the same range, give one another".to_owned(),
@@ -306,7 +354,7 @@ fn refusal(plan: &Plan, inputs: &Inputs, local_ranges: &[IpNet], range: &IpNet) 
     if reserved().iter().any(|reserved| reserved.contains(range) || range.prefix_len() == 0) {
         return Some("no pod can have such an address".to_owned());
     }
-    if let Some(holder) = plan.taken.get(range) {
+    if let Some(holder) = taken.get(range) {
         return Some(format!(
             "node {holder} has it already; two nodes have the same range, give one another"
         ));
@@ -351,13 +399,11 @@ fn reserved() -> [IpNet; 6] {
     ]
 }
 
-fn rules(
-    settings: &Settings,
-    inputs: &Inputs,
-    family: Family,
-    sources: &[IpNet],
-    is_inside: bool,
-) -> BTreeSet<Rule> {
+/// UDP ports that overlays send to: VXLAN as Linux (8472) and as RFC 7348 have it, Geneve (RFC 8926).
+const OVERLAYS: [u16; 3] = [8472, 4789, 6081];
+
+/// The rules of a family for pods in `sources` and, if any of its traffic goes inside, for the node with the addresses `own`.
+fn rules(settings: &Settings, family: Family, sources: &[IpNet], own: &[IpAddr]) -> BTreeSet<Rule> {
     let mut rules = BTreeSet::new();
     let mut add = |number: u32, action: Action, matches: Match| {
         rules.insert(Rule { family, priority: settings.priority + number, matches, action });
@@ -377,20 +423,33 @@ fn rules(
         add(1, skip, Match { destination_ports: mesh, ..tcp.clone() });
         add(1, skip, Match { source_ports: mesh, ..tcp });
     }
-    if is_inside {
-        for endpoint in settings.bootstrap.iter().filter(|endpoint| Family::of(endpoint.ip()) == family) {
-            let (net, port) = (Some(IpNet::from(endpoint.ip())), Some((endpoint.port(), endpoint.port())));
-            let tcp = Match { transport: Some(Transport::Tcp), ..Match::default() };
-            add(2, skip, Match { to: net, destination_ports: port, ..tcp.clone() });
-            // On the node that the endpoint is on: its answers.
-            if inputs.local.node_addresses.contains(&endpoint.ip()) {
-                add(2, skip, Match { from: net, source_ports: port, ..tcp });
-            }
-        }
-        add(4, ask, Match { from_here: true, ..Match::default() });
-    }
     for source in sources {
         add(3, ask, Match { from: Some(*source), ..Match::default() });
+    }
+    let own: Vec<IpNet> =
+        own.iter().filter(|own| Family::of(**own) == family).map(|own| IpNet::from(*own)).collect();
+    if !own.is_empty() {
+        let here = Match { from_here: true, ..Match::default() };
+        for port in OVERLAYS {
+            let (transport, destination_ports) = (Some(Transport::Udp), Some((port, port)));
+            add(4, skip, Match { transport, destination_ports, ..here.clone() });
+        }
+        let ask = Action::Table(settings.node_table);
+        // Other protocols are left alone: they are other tunnels' (GRE, IP in IP, ESP), or say of the network how it is (ICMP).
+        for transport in [Some(Transport::Tcp), Some(Transport::Udp)] {
+            for own in &own {
+                add(5, ask, Match { from: Some(*own), transport, ..here.clone() });
+            }
+            // The kernel asks without a source address when it is to choose one. IPv4 has "no address" for a source; IPv6
+            // rules with a source are not asked then, so all that have one are sent off first.
+            let from = (family == Family::V4).then(|| IpNet::from(IpAddr::from(Ipv4Addr::UNSPECIFIED)));
+            add(7, ask, Match { from, transport, ..here.clone() });
+        }
+        if family == Family::V6 {
+            for half in [Ipv6Addr::UNSPECIFIED, Ipv6Addr::new(0x8000, 0, 0, 0, 0, 0, 0, 0)] {
+                add(6, skip, Match { from: Some(IpNet::new_assert(half.into(), 1)), ..here.clone() });
+            }
+        }
     }
     add(END, Action::Nothing, Match::default());
     rules
@@ -406,6 +465,7 @@ mod tests {
             device: device.map(str::to_owned),
             pod_ranges: ranges.iter().map(|range| range.parse().unwrap()).collect(),
             node_addresses: Vec::new(),
+            node_device: None,
             usable_mtu: None,
         }
     }
@@ -446,6 +506,51 @@ mod tests {
     }
 
     #[test]
+    fn nodes_are_reached_inside_only_by_a_device_that_is_there_and_are_refused_never() {
+        let inside = |device: Option<&str>, address: &str| PeerRoute {
+            node_addresses: vec![address.parse().unwrap()],
+            node_device: device.map(str::to_owned),
+            usable_mtu: Some(1300),
+            ..peer(address, Some("wg"), &[])
+        };
+        let with = |peers: Vec<PeerRoute>| {
+            let mut inputs = inputs(&["wg"], peers);
+            inputs.local.node_addresses =
+                vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
+            plan(&Settings::default(), &inputs, &[])
+        };
+        let peers = vec![
+            inside(Some("wg"), "192.0.2.2"),
+            inside(None, "192.0.2.3"),
+            inside(Some("gone"), "192.0.2.4"),
+            inside(Some("wg"), "192.0.2.2"),
+            inside(Some("wg"), "10.1.0.7"),
+        ];
+        let made = with(peers);
+        let of_nodes: Vec<&Route> =
+            made.desired.routes.iter().filter(|route| route.table == 15_872).collect();
+        let (name, source) = ("wg".to_owned(), Some("192.0.2.1".parse().unwrap()));
+        let target = Target::Device { name, mtu: 1300, locked: false, advmss: None, source };
+        let (destination, metric) = ("192.0.2.2/32".parse().unwrap(), TUNNEL_METRIC);
+        assert_eq!(of_nodes, [&Route { table: 15_872, destination, metric, target }]);
+        let refused: Vec<_> = made.refused.iter().map(|r| r.range.to_string()).collect();
+        assert_eq!(refused, ["192.0.2.2/32", "10.1.0.7/32"], "of two nodes, and of a pod of this one");
+        let asking: Vec<_> =
+            made.desired.rules.iter().filter(|rule| rule.action == Action::Table(15_872)).collect();
+        assert_eq!(asking.len(), 4, "TCP and UDP, with the node's address and without any: {asking:?}");
+        assert!(asking.iter().all(|rule| rule.family == Family::V4 && rule.matches.from_here));
+
+        let six = with(vec![inside(Some("wg"), "2001:db8::2")]).desired;
+        let numbers: BTreeSet<u32> =
+            six.rules.iter().filter(|rule| rule.family == Family::V6).map(|rule| rule.priority).collect();
+        assert_eq!(numbers.into_iter().collect::<Vec<_>>(), [0, 1, 4, 5, 6, 7, 9].map(|n| 15_870 + n));
+
+        let outside = with(vec![inside(None, "192.0.2.2")]).desired;
+        assert!(outside.rules.iter().all(|rule| rule.priority <= 15_873 || rule.priority == 15_879));
+        assert!(outside.routes.iter().all(|route| route.table == 15_871));
+    }
+
+    #[test]
     fn without_a_device_packets_are_refused_and_not_left_to_others() {
         for (devices, device) in [(&[][..], None), (&[][..], Some("wg")), (&["wg"][..], None)] {
             let plan =
@@ -453,7 +558,8 @@ mod tests {
             let to_peer: Vec<&Route> =
                 plan.desired.routes.iter().filter(|route| route.target != Target::Throw).collect();
             let destination = "10.2.0.0/24".parse().unwrap();
-            let refusal = Route { destination, metric: FALLBACK_METRIC, target: Target::Unreachable };
+            let (table, metric) = (15_871, FALLBACK_METRIC);
+            let refusal = Route { table, destination, metric, target: Target::Unreachable };
             assert_eq!(to_peer, [&refusal], "{devices:?}, {device:?}");
             let asks = |rule: &&Rule| matches!(rule.action, Action::Table(_));
             assert_eq!(plan.desired.rules.iter().filter(asks).count(), 1, "this node's pods ask the table");

@@ -7,7 +7,7 @@
 use std::{
     fmt,
     io::{self, Read},
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -162,7 +162,7 @@ pub fn gateway(range: &IpNet) -> IpAddr {
 const SMALL: u16 = 256;
 
 /// Probes the way to one peer. Blocks, for at most `tries` times `answer` for each of about twenty sizes; has to be called
-/// in the node's network namespace with `CAP_NET_RAW`. Packets of the node itself to the endpoint must not go through the
+/// in the node's network namespace with `CAP_NET_RAW`. ICMP of the node itself to the endpoint must not go through the
 /// tunnel.
 ///
 /// # Errors
@@ -244,26 +244,30 @@ fn largest(
 }
 
 /// What the kernel knows or believes about the path to an address, in bytes: the device's MTU, the route's, or what it
-/// was told.
+/// was told. Needs `CAP_NET_RAW`.
 ///
 /// # Errors
 /// When there is no route.
 pub fn path_mtu(address: IpAddr) -> Result<u16, Error> {
     let fail =
         |source: io::Error| Error::Probe { what: format!("ask for the path MTU to {address}"), source };
-    let any: SocketAddr = match Family::of(address) {
-        Family::V4 => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
-        Family::V6 => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
-    };
-    let socket = UdpSocket::bind(any).map_err(fail)?;
-    // The discard port; nothing is sent.
-    socket.connect((address, 9)).map_err(fail)?;
+    // Of ICMP, which takes the way of the tunnel's datagrams where the node's UDP goes through the tunnel. Nothing is sent.
+    let socket = icmp(Family::of(address)).map_err(fail)?;
+    socket.connect(&SocketAddr::new(address, 0).into()).map_err(fail)?;
     let known = match Family::of(address) {
         Family::V4 => sockopt::ip_mtu(&socket),
         Family::V6 => sockopt::ipv6_mtu(&socket),
     };
     let known = known.map_err(|errno| fail(errno.into()))?;
     Ok(u16::try_from(known).unwrap_or(u16::MAX))
+}
+
+fn icmp(family: Family) -> io::Result<Socket> {
+    let (domain, protocol) = match family {
+        Family::V4 => (Domain::IPV4, Protocol::ICMPV4),
+        Family::V6 => (Domain::IPV6, Protocol::ICMPV6),
+    };
+    Socket::new(domain, Type::RAW, Some(protocol))
 }
 
 /// An ICMP socket towards one address.
@@ -279,11 +283,7 @@ impl Prober {
     fn open(source: Option<IpAddr>, address: IpAddr, patience: Patience) -> Result<Self, Error> {
         let fail = |source: io::Error| Error::Probe { what: format!("prepare to probe {address}"), source };
         let family = Family::of(address);
-        let (domain, protocol) = match family {
-            Family::V4 => (Domain::IPV4, Protocol::ICMPV4),
-            Family::V6 => (Domain::IPV6, Protocol::ICMPV6),
-        };
-        let socket = Socket::new(domain, Type::RAW, Some(protocol)).map_err(fail)?;
+        let socket = icmp(family).map_err(fail)?;
         // Not fragmented, whatever is known about the path: what is known is in question.
         let set = match family {
             Family::V4 => sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::PROBE),

@@ -60,6 +60,9 @@ pub struct RoutingStatus {
     pub rules: usize,
     /// Routes through the tunnel.
     pub routes: Vec<RouteStatus>,
+    /// Those of the node's own processes to other nodes.
+    #[serde(default)]
+    pub node_routes: Vec<RouteStatus>,
     /// The tunnel's devices.
     pub devices: Vec<DeviceStatus>,
     /// Rules, routes and addresses that are not as they should be.
@@ -140,10 +143,11 @@ impl Router {
         if differences > 0 {
             findings.push(format!(
                 "{differences} rules, routes or addresses are not as they should be; the agent sets them right at its \
-                 next round, and if they keep coming back, another program changes priorities {} to {} or table {}",
+                 next round, and if they keep coming back, another program changes priorities {} to {} or tables {} and {}",
                 self.settings.priority,
                 self.settings.priority + 9,
-                self.settings.table
+                self.settings.table,
+                self.settings.node_table
             ));
         }
         findings.extend(forwarding_findings(inputs));
@@ -154,18 +158,23 @@ impl Router {
                 Some(_) => {}
             }
         }
-        let routes = held.routes.iter().filter_map(|route| match &route.target {
-            Target::Device { name, mtu, .. } => {
-                Some(RouteStatus { range: route.destination, device: name.clone(), mtu: *mtu })
-            }
-            _ => None,
-        });
+        let routes = |table: u32| {
+            let routes = held.routes.iter().filter(move |route| route.table == table);
+            let routes = routes.filter_map(|route| match &route.target {
+                Target::Device { name, mtu, .. } => {
+                    Some(RouteStatus { range: route.destination, device: name.clone(), mtu: *mtu })
+                }
+                _ => None,
+            });
+            routes.collect()
+        };
         let devices = snapshot.links.iter().filter(|link| self.is_tunnel(inputs, &link.name));
         Ok(RoutingStatus {
             table: self.settings.table,
             differences,
             rules: held.rules.len(),
-            routes: routes.collect(),
+            routes: routes(self.settings.table),
+            node_routes: routes(self.settings.node_table),
             devices: devices
                 .map(|link| DeviceStatus { name: link.name.clone(), mtu: link.mtu, up: link.up })
                 .collect(),
@@ -173,8 +182,8 @@ impl Router {
         })
     }
 
-    /// The devices by which packets to these addresses leave the node, but for the tunnel's own and loopback, with their
-    /// MTUs.
+    /// The devices by which the tunnel's datagrams to these addresses leave the node, but for its own and loopback, with
+    /// their MTUs.
     ///
     /// # Errors
     /// When the kernel cannot be asked.
@@ -182,7 +191,7 @@ impl Router {
         let snapshot = self.read(&Inputs::default()).await?;
         let mut devices = BTreeMap::new();
         for address in addresses {
-            for number in self.netlink.devices_to(*address).await? {
+            for number in self.netlink.devices_to(*address, self.settings.port).await? {
                 let link = snapshot.devices.names.get(&number).and_then(|name| snapshot.link(name));
                 devices.extend(link.map(|link| (link.name.clone(), link.mtu)));
             }
@@ -204,7 +213,7 @@ impl Router {
         // What one address or route is refused for is no reason to leave the others undone, rules above all.
         let mut first = Ok(());
         for change in changes {
-            first = first.and(self.netlink.apply(&self.settings, &snapshot.devices, change).await);
+            first = first.and(self.netlink.apply(&snapshot.devices, change).await);
         }
         first
     }

@@ -1,7 +1,5 @@
 //! What is the same for every peer: numbers by which our routes and rules are known, and what goes where.
 
-use std::net::SocketAddr;
-
 use serde::{Deserialize, Serialize};
 
 /// Our number in the `protocol` field of routes and rules (`rtm_protocol`, `FRA_PROTOCOL`); none of
@@ -13,17 +11,6 @@ pub const ROUTE_PROTOCOL: u8 = 151;
 pub(crate) const TUNNEL_METRIC: u32 = 100;
 /// Metric of the refusal that stays when the device of a tunnel route goes away.
 pub(crate) const FALLBACK_METRIC: u32 = 4_278_198_272;
-
-/// Where the packets of processes in the node's own network namespace go.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum NodeTraffic {
-    /// Where they went before: only pods' packets enter the tunnel.
-    #[default]
-    Outside,
-    /// Into the tunnel, to nodes as well as to pods, but for the tunnel's own datagrams and [`Settings::bootstrap`].
-    Inside,
-}
 
 /// What happens to packets for a peer when its tunnel device is gone.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +29,8 @@ pub enum WithoutDevice {
 pub struct Settings {
     /// Number of the routing table that is ours.
     pub table: u32,
+    /// Number of another one, with addresses of nodes, which only the node's own processes ask.
+    pub node_table: u32,
     /// First of the ten rule priorities that are ours.
     pub priority: u32,
     /// First of the four UDP ports that tunnels of this cluster use, ours and those of peers.
@@ -50,11 +39,6 @@ pub struct Settings {
     pub include_mesh: bool,
     /// TCP port of the mesh's mutual TLS.
     pub mesh_port: u16,
-    /// What happens to packets of processes of the node itself.
-    pub node_traffic: NodeTraffic,
-    /// What must work before there is any tunnel: the API servers' and the controllers' addresses as this node sees
-    /// them. With [`NodeTraffic::Inside`] they stay outside, in both directions.
-    pub bootstrap: Vec<SocketAddr>,
     /// What the names of the tunnel's devices begin with: addresses of such devices are ours.
     pub device_prefix: String,
     /// What happens while a device is missing.
@@ -65,12 +49,11 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             table: 15_871,
+            node_table: 15_872,
             priority: 15_870,
             port: 51_871,
             include_mesh: false,
             mesh_port: 15_008,
-            node_traffic: NodeTraffic::default(),
-            bootstrap: Vec::new(),
             device_prefix: "sockmesh_wg".to_owned(),
             without_device: WithoutDevice::default(),
         }
@@ -80,9 +63,17 @@ impl Default for Settings {
 impl Settings {
     /// Tables 253 to 255 and 0 are the kernel's own; priorities from 32766 on come after the table that everybody uses.
     pub(crate) fn check(&self) -> Result<(), String> {
-        if self.table == 0 || (253..=255).contains(&self.table) {
+        for table in [self.table, self.node_table] {
+            if table == 0 || (253..=255).contains(&table) {
+                return Err(format!(
+                    "routing table {table} belongs to the system; choose another number, such as 15871"
+                ));
+            }
+        }
+        if self.table == self.node_table {
             return Err(format!(
-                "routing table {} belongs to the system; choose another number, such as 15871",
+                "pods and processes of the node cannot have one routing table, {}, in common; choose another number for one \
+                 of them, such as 15872",
                 self.table
             ));
         }

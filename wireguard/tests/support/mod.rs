@@ -274,6 +274,7 @@ impl World {
                     device: Some(DEVICE.to_owned()),
                     pod_ranges: peer.ranges(),
                     node_addresses: peer.addresses(),
+                    node_device: None,
                     usable_mtu: None,
                 })
                 .collect(),
