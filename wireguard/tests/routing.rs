@@ -283,7 +283,9 @@ fn the_nodes_own_traffic_goes_inside_where_it_is_asked_for_and_outside_when_the_
     let talk = |from: &Netns, to: &Netns, addresses: &[IpAddr]| {
         let mut seen = Vec::new();
         for address in addresses {
-            seen.push(tcp_echo((from, 0), (to, SocketAddr::new(*address, 0)), &CANARY.repeat(5_000)).unwrap());
+            seen.push(
+                tcp_echo((from, 0), (to, SocketAddr::new(*address, 0)), &CANARY.repeat(5_000)).unwrap(),
+            );
             seen.push(udp_echo(from, to, *address, CANARY).unwrap());
         }
         seen.into_iter().map(|seen| seen.ip()).collect::<Vec<_>>()

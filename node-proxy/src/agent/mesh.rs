@@ -15,6 +15,9 @@ use mesh_api::model::{NODE_TUNNEL_TYPE, NodeTunnel, Resource, Service, Trust, Wo
 
 use crate::ipc::proto;
 
+/// The Service whose endpoints are the API servers; they list themselves there.
+const API_SERVERS: &str = "default/kubernetes";
+
 /// One resource as it came.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Stored {
@@ -78,6 +81,8 @@ pub(super) struct Tunnels {
     /// This node's.
     pub(super) this: Option<Arc<NodeTunnel>>,
     pub(super) others: Vec<Arc<NodeTunnel>>,
+    /// Where API servers are or were; none are known at first.
+    pub(super) api_servers: Arc<BTreeSet<IpAddr>>,
 }
 
 /// A pod of another node, as far as the tunnel's strict mode goes.
@@ -111,6 +116,8 @@ pub(super) struct Mesh {
     /// Pods of other nodes, if somebody wants to know.
     elsewhere: Option<BTreeMap<Arc<str>, Elsewhere>>,
     refused: BTreeMap<String, Vec<(IpAddr, u16)>>,
+    /// One that is not listed for a while, as when it starts anew, stays one.
+    api_servers: Arc<BTreeSet<IpAddr>>,
     /// Type URLs whose whole state is known.
     complete: BTreeSet<&'static str>,
 }
@@ -231,7 +238,8 @@ impl Mesh {
     /// The nodes' tunnels.
     pub(super) fn tunnels(&self) -> Tunnels {
         let others = self.tunnels.values().filter(|tunnel| *tunnel.node != *self.node);
-        Tunnels { this: self.own_tunnel().cloned(), others: others.cloned().collect() }
+        let (this, others) = (self.own_tunnel().cloned(), others.cloned().collect());
+        Tunnels { this, others, api_servers: Arc::clone(&self.api_servers) }
     }
 
     /// Number of the change that was the last one of a tunnel.
@@ -305,6 +313,10 @@ impl Mesh {
             }
             Resource::Workload(w) => drop(self.local.remove(&w.uid)),
             Resource::Service(s) => {
+                if name == API_SERVERS {
+                    let addresses = s.endpoints.iter().map(|endpoint| endpoint.address.to_canonical());
+                    Arc::make_mut(&mut self.api_servers).extend(addresses);
+                }
                 let unserved = unserved(s);
                 if unserved.is_empty() {
                     self.refused.remove(name);

@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde_json::Value;
 
 /// One line of the table that [`Setting::describe`] makes.
@@ -187,6 +188,19 @@ impl Setting for SocketAddr {
                 .add(path, format_args!("{value} is not an address with a port, such as 127.0.0.1:15020"));
         }
         read
+    }
+    fn to_json(&self) -> Value {
+        Value::String(self.to_string())
+    }
+}
+
+impl Setting for IpNet {
+    fn read(value: &Value, path: &str, problems: &mut Problems) -> Option<Self> {
+        let read = value.as_str().and_then(|s| s.parse::<Self>().ok());
+        if read.is_none() {
+            problems.add(path, format_args!("{value} is not a CIDR, such as 192.0.2.0/24"));
+        }
+        read.map(|net| net.trunc())
     }
     fn to_json(&self) -> Value {
         Value::String(self.to_string())

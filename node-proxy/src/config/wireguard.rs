@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use ipnet::IpNet;
+
 use super::schema::{Problems, choice, settings};
 
 choice! {
@@ -57,6 +59,10 @@ settings! {
         uplinks: Vec<String> = Vec::new(), "comma-separated names";
         /// Whether the mesh's mutual TLS goes through the tunnel too, and is encrypted twice.
         include_mesh: bool = false, "true | false";
+        /// Whether what the node's own processes send to other nodes' addresses (TCP and UDP) goes through the tunnel while the other node answers there; nodes with an API server are left out.
+        node_traffic: bool = false, "true | false";
+        /// With node_traffic, nodes with an address in one of these ranges are left out, too; all nodes are to have the same.
+        node_traffic_exclude: Vec<IpNet> = Vec::new(), "comma-separated CIDRs";
     }
 }
 

@@ -140,9 +140,11 @@ impl State {
             keepalive: (keepalive > 0).then_some(keepalive),
             ..Settings::default()
         };
-        let (own, peers) = self.configuration(&open.apply.take().unwrap_or_default())?;
+        let apply = open.apply.take().unwrap_or_default();
+        let (own, peers) = self.configuration(&apply)?;
         let (device, conflicts) = UserDevice::configured(descriptors, sockets, settings, &own, peers)
             .map_err(|e| format!("cannot run on the descriptors given: {e}"))?;
+        device.set_eager(apply.eager);
         tracing::info!(interface = open.interface, port, "the tunnel is open");
         self.opened = Some((open, device));
         Ok(FromTunnel { conflicts: texts(&conflicts), ..FromTunnel::default() })
@@ -156,6 +158,7 @@ impl State {
             open.mtu = apply.mtu;
         }
         let conflicts = device.apply(own, peers).map_err(|e| e.to_string())?;
+        device.set_eager(apply.eager);
         self.keys.retain(|generation, _| apply.generations.contains(generation));
         Ok(FromTunnel { conflicts: texts(&conflicts), keys: self.public_keys(), ..FromTunnel::default() })
     }

@@ -83,6 +83,9 @@ pub struct SessionDocument {
     pub rx_packets: Option<u64>,
     /// Bytes received, after decryption.
     pub rx_bytes: u64,
+    /// Changes whenever something authentic comes, packet or not.
+    #[serde(default)]
+    pub heard: u64,
 }
 
 fn drops(counts: BTreeMap<DropCause, u64>) -> BTreeMap<String, u64> {
@@ -107,6 +110,7 @@ impl From<TunnelStatus> for TunnelDocument {
             tx_bytes: key.tx_bytes,
             rx_packets: key.rx_packets,
             rx_bytes: key.rx_bytes,
+            heard: key.heard,
         };
         let peer = |peer: wireguard::device::PeerStatus| PeerDocument {
             sessions: peer.keys.into_iter().map(session).collect(),

@@ -178,4 +178,6 @@ pub struct KeyStatus {
     pub rx_packets: Option<u64>,
     /// Bytes received, as for those sent.
     pub rx_bytes: u64,
+    /// Changes whenever something authentic comes from the peer, packet or not.
+    pub heard: u64,
 }

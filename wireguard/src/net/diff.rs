@@ -103,10 +103,7 @@ mod tests {
                 };
                 let device = |n: u8| format!("sockmesh_wg{}", n % 2);
                 let inputs = Inputs {
-                    local: LocalNode {
-                        pod_ranges: ranges(own, has_v6),
-                        node_addresses: nodes(own),
-                    },
+                    local: LocalNode { pod_ranges: ranges(own, has_v6), node_addresses: nodes(own) },
                     devices: (0..2).map(|n| TunnelDevice { name: device(n), mtu: 1408 }).collect(),
                     peers: peers
                         .into_iter()

@@ -515,8 +515,7 @@ mod tests {
         };
         let with = |peers: Vec<PeerRoute>| {
             let mut inputs = inputs(&["wg"], peers);
-            inputs.local.node_addresses =
-                vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
+            inputs.local.node_addresses = vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
             plan(&Settings::default(), &inputs, &[])
         };
         let peers = vec![

@@ -78,7 +78,7 @@ impl Filter {
 
 /// What the programs are to know.
 pub(super) fn policy(settings: &WireguardSettings, mesh: &Mesh, around: &Around<'_>) -> Policy {
-    let Tunnels { this, others } = around.tunnels;
+    let Tunnels { this, others, .. } = around.tunnels;
     let local_ranges = this.as_ref().map(|this| this.pod_ranges.clone()).unwrap_or_default();
     let ranges = |tunnel: &Arc<NodeTunnel>| -> Vec<RemoteRange> {
         let usable = (around.usable)(&tunnel.node);
@@ -182,6 +182,7 @@ mod tests {
         let tunnels = Tunnels {
             this: Some(tunnel("a", "192.0.2.1", "10.1.0.0/24")),
             others: vec![tunnel("b", "192.0.2.2", "10.2.0.0/24")],
+            ..Tunnels::default()
         };
         let around = Around {
             tunnels: &tunnels,

@@ -260,6 +260,7 @@ mod tests {
             tx_bytes: 0,
             rx_packets: None,
             rx_bytes,
+            heard: rx_bytes,
         }
     }
 

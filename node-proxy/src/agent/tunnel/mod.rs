@@ -10,6 +10,7 @@
 //! * [`ports`] has the UDP ports of a process;
 //! * [`ways`] are the interfaces by which packets go to each node;
 //! * [`surroundings`] keeps routes, refusals and programs with a process and without one;
+//! * [`nodes`] says to which nodes this one's own processes talk through the tunnel;
 //! * [`others`] are the processes of agents before and after this one;
 //! * [`keys`] says when keys change, and which the controller hands to the other nodes;
 //! * [`plan`] makes peers and routes of what the controller says of the other nodes;
@@ -37,6 +38,7 @@ mod leave;
 mod leftover;
 mod link;
 mod metrics;
+mod nodes;
 mod others;
 mod paths;
 mod plan;

@@ -53,11 +53,12 @@ pub(super) fn peers(tunnels: &Tunnels) -> Vec<PeerNode> {
 }
 
 /// What routes depend on: packets to another node's pods go through the device that is the `way` to it, and are refused while
-/// there is none. Without an entry for this node itself there are no routes: its pods' ranges are not known.
+/// there is none; those of this node's own processes to its own addresses go by its `node_way`, and outside without. Without an entry for this node itself there are no routes: its pods' ranges are not known.
 pub(super) fn inputs(
     tunnels: &Tunnels,
     devices: &[TunnelDevice],
     way: impl Fn(&str) -> Option<String>,
+    node_way: impl Fn(&str) -> Option<String>,
     usable: impl Fn(&str) -> Option<u16>,
 ) -> Inputs {
     let Some(this) = &tunnels.this else { return Inputs::default() };
@@ -66,6 +67,7 @@ pub(super) fn inputs(
         device: way(&tunnel.node),
         pod_ranges: tunnel.pod_ranges.clone(),
         node_addresses: tunnel.addresses.clone(),
+        node_device: node_way(&tunnel.node),
         usable_mtu: usable(&tunnel.node),
     };
     Inputs {
@@ -143,6 +145,7 @@ mod tests {
         Tunnels {
             this: Some(tunnel("a", "192.0.2.1", "10.1.0.0/24")),
             others: vec![tunnel("b", "192.0.2.2", "10.2.0.0/24")],
+            ..Tunnels::default()
         }
     }
 
@@ -155,11 +158,12 @@ mod tests {
         assert_eq!(allowed, ["10.2.0.0/24", "192.0.2.2/32"]);
 
         let device = TunnelDevice { name: "wg".to_owned(), mtu: 1408 };
-        let inputs = inputs(&tunnels, std::slice::from_ref(&device), |_| Some("wg".to_owned()), |_| None);
+        let inputs =
+            inputs(&tunnels, std::slice::from_ref(&device), |_| Some("wg".to_owned()), |_| None, |_| None);
         assert_eq!(Some(inputs.local.pod_ranges), tunnels.this.as_ref().map(|a| a.pod_ranges.clone()));
         assert_eq!(inputs.peers[0].pod_ranges, tunnels.others[0].pod_ranges);
         assert_eq!(
-            super::inputs(&Tunnels { this: None, ..tunnels }, &[], |_| None, |_| None),
+            super::inputs(&Tunnels { this: None, ..tunnels }, &[], |_| None, |_| None, |_| None),
             Inputs::default(),
             "nothing is known of this node"
         );

@@ -19,6 +19,7 @@ use wireguard::device::user;
 use super::keys::{self, Keys, Step, registered};
 use super::leftover::Leftover;
 use super::link::{Found, Link, LinkError};
+use super::nodes::Answering;
 use super::others::Others;
 use super::ports::drain;
 use super::refusals::{Attempt, Refusals};
@@ -89,6 +90,7 @@ pub(super) struct Session<'a> {
     conflicts: Vec<String>,
     /// What the process said of itself, and when.
     document: TunnelDocument,
+    answering: Answering,
     looked: Option<Instant>,
     said: Registration,
     told_since: Option<Instant>,
@@ -135,6 +137,7 @@ impl<'a> Session<'a> {
             found_mtu: mtu,
             conflicts: Vec::new(),
             document: TunnelDocument::default(),
+            answering: Answering::new(settings.keepalive),
             looked: None,
             said: Registration::None,
             told_since: None,
@@ -187,6 +190,7 @@ impl<'a> Session<'a> {
             if looks && self.opened && self.is_due(Attempt::Ask) {
                 let answer = self.link.status().await;
                 if let Some(document) = self.heard(Attempt::Ask, answer)? {
+                    self.answering.look(&document, self.since.elapsed());
                     self.document = document;
                 }
             }
@@ -332,6 +336,7 @@ impl<'a> Session<'a> {
             let peers: BTreeSet<&str> = peers.map(|(name, _)| name.as_str()).collect();
             self.around.probe(&tunnels, &addresses, self.mtu(), &peers);
         }
+        self.around.answer(self.answering.nodes(self.since.elapsed()));
         let ways = self.ways(&tunnels).await;
         let kept = self.around.keep(phase, &tunnels, &addresses, inside, ways).await;
         match kept {
@@ -486,7 +491,7 @@ impl<'a> Session<'a> {
             if self.agent.takeover.phase() != Phase::InCharge {
                 return Ok(());
             }
-            kernel.set_eager(!self.others.is_empty());
+            kernel.set_eager(self.settings.node_traffic || !self.others.is_empty());
         }
         let apply = self.configuration(tunnels);
         if self.applied.as_ref() != Some(&apply) && self.is_due(Attempt::Configure) {
@@ -501,7 +506,8 @@ impl<'a> Session<'a> {
     fn configuration(&self, tunnels: &Tunnels) -> TunnelApply {
         let mtu = u32::from(self.around.mtu(tunnels));
         let peers = to_wire(&plan::peers(tunnels));
-        TunnelApply { generations: self.keys.generations(), peers, mtu }
+        let (generations, eager) = (self.keys.generations(), self.settings.node_traffic);
+        TunnelApply { generations, peers, mtu, eager }
     }
 
     fn configured(&mut self, apply: TunnelApply, conflicts: Vec<String>) {

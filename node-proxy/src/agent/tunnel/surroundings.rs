@@ -16,6 +16,7 @@ use wireguard::net::probe::{Path, PathFinding};
 use wireguard::net::{self, Inputs, Router, RoutingStatus, TunnelDevice};
 
 use super::filter::{self, Around, Filter};
+use super::nodes;
 use super::paths::Paths;
 use super::refusals::{Attempt, Refusals};
 use super::ways::Ways;
@@ -83,6 +84,8 @@ pub(super) struct Surroundings {
     ways: Option<Ways>,
     /// Interfaces that an agent with other settings has left have the names of these.
     adopted: bool,
+    /// Nodes that answer through the tunnel.
+    answering: BTreeSet<String>,
 }
 
 /// Whether there is an interface of this name.
@@ -112,6 +115,7 @@ impl Surroundings {
             away: None,
             ways: None,
             adopted: false,
+            answering: BTreeSet::new(),
         }
     }
 
@@ -215,6 +219,11 @@ impl Surroundings {
         tunnels
     }
 
+    /// Says which nodes answer through the tunnel.
+    pub(super) fn answer(&mut self, nodes: BTreeSet<String>) {
+        self.answering = nodes;
+    }
+
     /// What the interface's MTU should be.
     pub(super) fn mtu(&self, tunnels: &Tunnels) -> u16 {
         plan::mtu(self.settings(), tunnels, self.uplink_mtu)
@@ -279,6 +288,10 @@ impl Surroundings {
             Inside::Away => (self.mtu(tunnels), false),
             Inside::Open { mtu, told } => (mtu, told),
         };
+        if inside == Inside::Away {
+            // Nobody says which nodes answer.
+            self.answering.clear();
+        }
         let interface = self.settings().interface.clone();
         let ways = match (inside, &self.ways) {
             (Inside::Open { .. }, _) => ways,
@@ -340,7 +353,9 @@ impl Surroundings {
     /// Brings the kernel's routes in line.
     async fn route(&mut self, tunnels: &Tunnels, devices: Vec<TunnelDevice>, ways: &Ways) {
         let way = |peer: &str| ways.to(peer).filter(|way| devices.iter().any(|device| device.name == *way));
-        let inputs = plan::inputs(tunnels, &devices, way, |peer| self.paths.usable_mtu(peer));
+        let inside = self.nodes_inside(tunnels);
+        let node_way = |peer: &str| way(peer).filter(|_| inside.contains(peer));
+        let inputs = plan::inputs(tunnels, &devices, &way, node_way, |peer| self.paths.usable_mtu(peer));
         let due =
             self.routed.as_ref().is_none_or(|(last, at)| *last != inputs || at.elapsed() >= ROUTES_EVERY);
         let is_other = self.tried.as_ref() != Some(&inputs);
@@ -363,6 +378,21 @@ impl Surroundings {
             }
         }
         self.filter.iter_mut().for_each(Filter::distrust);
+    }
+
+    /// Nodes that this node's own processes reach through the tunnel.
+    fn nodes_inside(&mut self, tunnels: &Tunnels) -> BTreeSet<String> {
+        if !self.settings().node_traffic {
+            return BTreeSet::new();
+        }
+        let strict = nodes::strict_filter(self.uplinks.iter().chain(&self.settings().uplinks));
+        match strict.map_or_else(|| nodes::inside(self.settings(), tunnels), Err) {
+            Ok(nodes) => nodes.into_iter().filter(|node| self.answering.contains(node)).collect(),
+            Err(why) => {
+                self.note(format!("what this node's own processes send to other nodes stays outside: {why}"));
+                BTreeSet::new()
+            }
+        }
     }
 
     /// Finds out by which devices packets to the other nodes leave this one.

@@ -46,8 +46,8 @@ fn peer() -> impl Strategy<Value = TunnelPeer> {
 
 fn apply() -> impl Strategy<Value = TunnelApply> {
     let generations = proptest::collection::vec(generation(), 0..4);
-    (generations, proptest::collection::vec(peer(), 0..3), number())
-        .prop_map(|(generations, peers, mtu)| TunnelApply { generations, peers, mtu })
+    (generations, proptest::collection::vec(peer(), 0..3), number(), any::<bool>())
+        .prop_map(|(generations, peers, mtu, eager)| TunnelApply { generations, peers, mtu, eager })
 }
 
 fn message() -> impl Strategy<Value = Option<Message>> {

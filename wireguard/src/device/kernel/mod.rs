@@ -37,6 +37,9 @@ use super::{
 
 /// Age of a session at which it ends (REJECT_AFTER_TIME, WireGuard paper, section 6.1).
 const SESSION: Duration = Duration::from_secs(180);
+/// Age of a session at which one that is wanted, and that nothing uses, is kept from ending: by a keepalive, on which the
+/// side that began it agrees on the next one.
+const RENEW: Duration = Duration::from_secs(140);
 /// Seconds between keepalives while a session is wanted on an interface without traffic: that of repeated handshakes.
 const URGE: u16 = 5;
 /// Numbers of the interfaces.
@@ -211,6 +214,7 @@ impl Tunnel for KernelDevice {
                     tx_bytes: status.map_or(0, |p| p.tx_bytes),
                     rx_packets: None,
                     rx_bytes: status.map_or(0, |p| p.rx_bytes),
+                    heard: status.map_or(0, |p| p.rx_bytes),
                 });
             }
         }
@@ -378,7 +382,9 @@ impl State {
         for ways in self.plan.all_ways().values() {
             let live = ways.iter().position(|way| has_session(seen, way));
             for (at, way) in ways.iter().enumerate() {
-                let urgent = (ways.len() > 1 || self.eager) && live.is_none_or(|live| at < live);
+                let ends = || seen.get(way).and_then(age).is_some_and(|age| age >= RENEW);
+                let urgent = ((ways.len() > 1 || self.eager) && live.is_none_or(|live| at < live))
+                    || (self.eager && live == Some(at) && ends());
                 let wanted = if urgent { URGE } else { settings.keepalive.unwrap_or(0) };
                 if seen.get(way).is_some_and(|p| p.persistent_keepalive_interval != wanted) {
                     changes.entry(way.0).or_default().push((way.1, wanted));

@@ -97,6 +97,7 @@ fn initiation(
             pair.refresh(&protocol);
             drop(protocol);
             pair.handshakes.fetch_add(1, Ordering::Relaxed);
+            pair.heard.fetch_add(1, Ordering::Relaxed);
             pair.found_at(meta.addr, meta.dst_ip);
             device.send_to(&pair, answer);
             Ok(())
@@ -125,6 +126,7 @@ fn response_to(
             pair.refresh(&protocol);
             drop(protocol);
             pair.handshakes.fetch_add(1, Ordering::Relaxed);
+            pair.heard.fetch_add(1, Ordering::Relaxed);
             pair.found_at(meta.addr, meta.dst_ip);
             device.send_to(&pair, keepalive);
             pair.send_waiting(device);

@@ -170,6 +170,7 @@ impl Opener {
         if authentic {
             pair.rx_packets.fetch_add(packets, Ordering::Relaxed);
             pair.rx_bytes.fetch_add(total, Ordering::Relaxed);
+            pair.heard.fetch_add(1, Ordering::Relaxed);
             if !pair.active.load(Ordering::Relaxed) {
                 pair.wake(device, &mut protocol);
             }

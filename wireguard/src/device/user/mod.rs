@@ -33,9 +33,9 @@ use std::io;
 use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -59,6 +59,10 @@ const HANDSHAKE_ROOM: usize = 256;
 /// Protocol states kept of pairs that are no longer configured, so that a node that comes back with its key is not shut
 /// out by its own older time, nor let in by an old handshake.
 const RETIRED: usize = 1024;
+/// Nodes with which sessions are seen to at once, where they are wanted with all: a second is enough for the handshakes.
+const WANTED_AT_ONCE: usize = 50;
+/// Age of a session at which a wanted one is agreed on anew: packets do that after two minutes, and after three it is over.
+const RENEW: Duration = Duration::from_secs(140);
 
 /// What a device is told when it is made.
 #[derive(Clone, Debug)]
@@ -119,6 +123,9 @@ struct Device {
     ids: AtomicU64,
     start: Instant,
     stop: AtomicBool,
+    /// Sessions are wanted with all nodes, and with whom to go on wanting them.
+    eager: AtomicBool,
+    next_wanted: AtomicUsize,
 }
 
 impl UserDevice {
@@ -165,6 +172,8 @@ impl UserDevice {
             ids: AtomicU64::new(1),
             start: Instant::now(),
             stop: AtomicBool::new(false),
+            eager: AtomicBool::new(false),
+            next_wanted: AtomicUsize::new(0),
         });
         let conflicts = device.apply(own, peers);
         let mut shares: Vec<Vec<OwnedFd>> = device.sockets.iter().map(|_| Vec::new()).collect();
@@ -197,6 +206,15 @@ impl UserDevice {
                 pair.initiate(&self.device, true);
             }
         }
+    }
+
+    /// Whether sessions are to be agreed on, and kept, with all nodes, and not only with those with which something is
+    /// exchanged.
+    pub fn set_eager(&self, eager: bool) {
+        // Under this lock, so that the thread that sleeps hears of it.
+        let _active = self.device.active.lock();
+        self.device.eager.store(eager, Ordering::SeqCst);
+        self.device.changed.notify_all();
     }
 
     /// Tells that the interface has another MTU now.
@@ -304,6 +322,20 @@ impl Device {
     fn watch(&self, pair: Arc<Pair>) {
         self.active.lock().push(pair);
         self.changed.notify_one();
+    }
+
+    /// Sees to it that there are sessions with some of the nodes, and that they last; with the next ones at the next call.
+    fn want_sessions(&self) {
+        let config = self.config.load();
+        let count = config.peers.len().min(WANTED_AT_ONCE);
+        let from = self.next_wanted.fetch_add(count, Ordering::Relaxed) % config.peers.len().max(1);
+        for peer in config.peers.values().cycle().skip(from).take(count) {
+            let Some(pair) = peer.sender(self) else { continue };
+            let age = pair.protocol.lock().time_since_last_handshake();
+            if age.is_some_and(|age| age >= RENEW) {
+                pair.initiate(self, false);
+            }
+        }
     }
 
     /// Sends one datagram, as handshakes and keepalives are.

@@ -142,6 +142,8 @@ pub(super) struct Pair {
     pub(super) tx_bytes: AtomicU64,
     pub(super) rx_packets: AtomicU64,
     pub(super) rx_bytes: AtomicU64,
+    /// Times that something authentic came.
+    pub(super) heard: AtomicU64,
 }
 
 impl Pair {
@@ -174,6 +176,7 @@ impl Pair {
             tx_bytes: AtomicU64::new(0),
             rx_packets: AtomicU64::new(0),
             rx_bytes: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
         }
     }
 
@@ -340,6 +343,7 @@ impl Pair {
             tx_bytes: read(&self.tx_bytes),
             rx_packets: Some(read(&self.rx_packets)),
             rx_bytes: read(&self.rx_bytes),
+            heard: read(&self.heard),
         }
     }
 }
