@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use net::exchange::{deliver, udp};
 use net::{Ends, Node, Switch, outer4, pair, pod4, until};
-use wireguard::device::{DropCause, OwnKey, PrivateKey};
+use wireguard::device::{DropCause, OwnKey, PeerKey, PeerNode, PrivateKey};
 
 /// The pair of generations that `node` sends with now.
 fn sending(node: &Node, peer: &str) -> Option<(u64, u64)> {
@@ -365,4 +365,30 @@ fn a_pod_that_floods_does_not_take_the_others_packets() {
         assert!(overflowed > 1000, "{overflowed}: that was no flood");
         assert!(lost <= 2, "{lost} of 200 packets of quiet pods were lost");
     });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn sessions_come_about_with_nodes_to_which_nothing_is_sent_when_they_are_wanted() {
+    require_network!();
+    let (_switch, a, b) = pair();
+    // The third does not exist, and does not keep the second from a session.
+    let absent = PeerNode { name: "node-0".to_owned(), allowed_ips: Vec::new(), ..b.announced() };
+    let keys = absent.keys.into_iter().map(|key| PeerKey {
+        public: PrivateKey::generate().unwrap().public(),
+        addresses: vec![outer4(99)],
+        ..key
+    });
+    let absent = PeerNode { keys: keys.collect(), ..absent };
+    a.knows(vec![absent, b.announced()]);
+    assert_eq!((sending(&a, "node-2"), sending(&b, "node-1")), (None, None));
+    a.device.set_eager(true);
+    until("a session", || sending(&a, "node-2"));
+    until("the same on the other side", || sending(&b, "node-1"));
+    for (node, peer) in [(&a, "node-2"), (&b, "node-1")] {
+        let status = node.status();
+        let key = &status.peers[peer].keys[0];
+        assert!(key.heard > 0 && key.tx_packets == Some(0) && key.rx_packets == Some(0), "{key:?}");
+    }
+    assert_eq!(sending(&a, "node-0"), None);
 }

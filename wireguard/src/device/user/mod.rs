@@ -324,6 +324,13 @@ impl Device {
         self.changed.notify_one();
     }
 
+    /// Whether there is a session with a node, under whichever keys.
+    fn reaches(&self, node: &pair::Node) -> bool {
+        let config = self.config.load();
+        let mut known = config.peers.get(&node.name).into_iter().flat_map(|peer| &peer.slots);
+        known.any(|slot| slot.known().is_some_and(|pair| pair.live.load(Ordering::Relaxed)))
+    }
+
     /// Sees to it that there are sessions with some of the nodes, and that they last; with the next ones at the next call.
     fn want_sessions(&self) {
         let config = self.config.load();

@@ -275,7 +275,8 @@ impl Pair {
         }
         drop(protocol);
         if !datagram.is_empty() {
-            if datagram[0] == 1 && !was_live {
+            // With a node that is reached under other keys it is not the address: it does not use this key yet.
+            if datagram[0] == 1 && !was_live && !device.reaches(&self.node) {
                 self.try_elsewhere();
             }
             device.send_to(self, datagram);
