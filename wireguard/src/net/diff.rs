@@ -130,8 +130,9 @@ mod tests {
             own: [bool; 2],
         ) {
             let addresses = |is_there: bool| -> Vec<std::net::IpAddr> {
-                let address = "10.92.1.1".parse().unwrap();
-                is_there.then_some(address).into_iter().collect()
+                let nodes = ["10.91.0.0", "10.91.0.1", "10.91.0.2", "fd91::0", "fd91::1", "fd91::2"];
+                let address = is_there.then_some("10.92.1.1");
+                address.into_iter().chain(nodes).map(|address| address.parse().unwrap()).collect()
             };
             let from = plan(&first, &from, &addresses(own[0])).desired;
             let to = plan(&second, &to, &addresses(own[1])).desired;
@@ -145,7 +146,7 @@ mod tests {
 
         #[test]
         fn no_rule_asks_our_table_before_all_that_skip_it_are_there((settings, inputs) in inputs()) {
-            let to = plan(&settings, &inputs, &[]).desired;
+            let to = plan(&settings, &inputs, &inputs.local.node_addresses).desired;
             let asks = |rule: &Rule| matches!(rule.action, Action::Table(_));
             let skips: Vec<&Rule> = to.rules.iter().filter(|rule| !asks(rule)).collect();
             let mut held = Desired::default();
@@ -163,7 +164,7 @@ mod tests {
 
         #[test]
         fn a_route_never_leads_a_local_address_into_the_tunnel((settings, inputs) in inputs()) {
-            let desired = plan(&settings, &inputs, &[]).desired;
+            let desired = plan(&settings, &inputs, &inputs.local.node_addresses).desired;
             for local in &inputs.local.pod_ranges {
                 let address = local.hosts().nth(5).unwrap();
                 let best = desired

@@ -244,18 +244,21 @@ pub(crate) fn plan(settings: &Settings, inputs: &Inputs, own_addresses: &[IpAddr
         let (table, metric) = (settings.table, TUNNEL_METRIC);
         plan.desired.routes.insert(Route { table, destination, metric, target: Target::Throw });
     }
+    // An address that others know the node by and that it does not have (1:1 NAT) nothing can be sent from.
+    let own: Vec<IpAddr> =
+        inputs.local.node_addresses.iter().copied().filter(|own| own_addresses.contains(own)).collect();
     let mut taken = BTreeMap::new();
     for peer in &inputs.peers {
-        add_node(&mut plan, settings, inputs, &local_ranges, peer, &mut taken);
+        add_node(&mut plan, settings, inputs, (&own, &local_ranges), peer, &mut taken);
     }
     plan.within = within(&plan.taken, &local_ranges);
     for family in [Family::V4, Family::V6] {
         let sources: Vec<IpNet> =
             local_ranges.iter().filter(|range| Family::of_net(range) == family).copied().collect();
         let of_nodes = taken.keys().any(|address| Family::of_net(address) == family);
-        let own: Vec<IpAddr> = inputs.local.node_addresses.iter().copied().filter(|_| of_nodes).collect();
+        let own: &[IpAddr] = if of_nodes { &own } else { &[] };
         if !sources.is_empty() || of_nodes {
-            plan.desired.rules.extend(rules(settings, family, &sources, &own));
+            plan.desired.rules.extend(rules(settings, family, &sources, own));
         }
     }
     // Masquerading CNIs give packets the address of the device that they leave by: with one from the pods' own range,
@@ -306,12 +309,13 @@ fn usable(peer: &PeerRoute, device: &TunnelDevice) -> u16 {
     peer.usable_mtu.map_or(device.mtu, |usable| usable.min(device.mtu))
 }
 
-/// Has this node's own processes reach a peer's own addresses through the tunnel. `taken` says whose they are.
+/// Has this node's own processes, from the addresses `own`, reach a peer's own addresses through the tunnel. `taken` says whose
+/// they are.
 fn add_node(
     plan: &mut Plan,
     settings: &Settings,
     inputs: &Inputs,
-    local_ranges: &[IpNet],
+    (own, local_ranges): (&[IpAddr], &[IpNet]),
     peer: &PeerRoute,
     taken: &mut BTreeMap<IpNet, String>,
 ) {
@@ -319,9 +323,8 @@ fn add_node(
     let Some(device) = inputs.devices.iter().find(named) else { return };
     for address in &peer.node_addresses {
         let (destination, family) = (IpNet::from(*address), Family::of(*address));
-        let own = inputs.local.node_addresses.iter().copied().find(|own| Family::of(*own) == family);
         // Without an address that the peer knows nothing would be taken for this node's.
-        let Some(own) = own else { continue };
+        let Some(own) = own.iter().copied().find(|own| Family::of(*own) == family) else { continue };
         if let Some(reason) = refusal(taken, inputs, local_ranges, &destination) {
             plan.refused.push(Refused { peer: peer.name.clone(), range: destination, reason });
             continue;
@@ -516,7 +519,8 @@ mod tests {
         let with = |peers: Vec<PeerRoute>| {
             let mut inputs = inputs(&["wg"], peers);
             inputs.local.node_addresses = vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
-            plan(&Settings::default(), &inputs, &[])
+            let has = inputs.local.node_addresses.clone();
+            (plan(&Settings::default(), &inputs, &has), plan(&Settings::default(), &inputs, &has[1..]))
         };
         let peers = vec![
             inside(Some("wg"), "192.0.2.2"),
@@ -525,7 +529,10 @@ mod tests {
             inside(Some("wg"), "192.0.2.2"),
             inside(Some("wg"), "10.1.0.7"),
         ];
-        let made = with(peers);
+        let (made, without_address) = with(peers);
+        let tables =
+            |plan: &Plan| plan.desired.routes.iter().map(|route| route.table).collect::<BTreeSet<_>>();
+        assert_eq!(tables(&without_address), BTreeSet::from([15_871]), "nothing can be sent from it");
         let of_nodes: Vec<&Route> =
             made.desired.routes.iter().filter(|route| route.table == 15_872).collect();
         let (name, source) = ("wg".to_owned(), Some("192.0.2.1".parse().unwrap()));
@@ -539,12 +546,12 @@ mod tests {
         assert_eq!(asking.len(), 4, "TCP and UDP, with the node's address and without any: {asking:?}");
         assert!(asking.iter().all(|rule| rule.family == Family::V4 && rule.matches.from_here));
 
-        let six = with(vec![inside(Some("wg"), "2001:db8::2")]).desired;
+        let six = with(vec![inside(Some("wg"), "2001:db8::2")]).0.desired;
         let numbers: BTreeSet<u32> =
             six.rules.iter().filter(|rule| rule.family == Family::V6).map(|rule| rule.priority).collect();
         assert_eq!(numbers.into_iter().collect::<Vec<_>>(), [0, 1, 4, 5, 6, 7, 9].map(|n| 15_870 + n));
 
-        let outside = with(vec![inside(None, "192.0.2.2")]).desired;
+        let outside = with(vec![inside(None, "192.0.2.2")]).0.desired;
         assert!(outside.rules.iter().all(|rule| rule.priority <= 15_873 || rule.priority == 15_879));
         assert!(outside.routes.iter().all(|route| route.table == 15_871));
     }

@@ -506,7 +506,9 @@ impl<'a> Session<'a> {
     fn configuration(&self, tunnels: &Tunnels) -> TunnelApply {
         let mtu = u32::from(self.around.mtu(tunnels));
         let peers = to_wire(&plan::peers(tunnels));
-        let (generations, eager) = (self.keys.generations(), self.settings.node_traffic);
+        // Nothing of the node's own goes inside before there is a session.
+        let eager = self.settings.node_traffic && self.agent.takeover.phase() == Phase::InCharge;
+        let generations = self.keys.generations();
         TunnelApply { generations, peers, mtu, eager }
     }
 

@@ -382,7 +382,8 @@ impl Surroundings {
 
     /// Nodes that this node's own processes reach through the tunnel.
     fn nodes_inside(&mut self, tunnels: &Tunnels) -> BTreeSet<String> {
-        if !self.settings().node_traffic {
+        // A node that leaves is forgotten by the others before its tunnel goes.
+        if !self.settings().node_traffic || !self.known {
             return BTreeSet::new();
         }
         let strict = nodes::strict_filter(self.uplinks.iter().chain(&self.settings().uplinks));
