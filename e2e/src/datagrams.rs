@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
-use testbed::{Launch, Node, Pod, Process, wait};
+use testbed::{Launch, Node, Process, wait};
 
-use crate::talk::PYTHON;
+use crate::talk::{PYTHON, Place};
 
 const PROGRAM: &str = include_str!("../programs/datagrams.py");
 /// How long a program may take to begin or to end.
@@ -44,16 +44,16 @@ impl Exchange {
     }
 }
 
-fn python(pod: &Pod, words: &[&str]) -> Launch {
-    pod.launch(PYTHON).args(["-I", "-c", PROGRAM]).args(words).label(words[0])
+fn python(place: &impl Place, words: &[&str]) -> Result<Launch> {
+    Ok(place.program(PYTHON)?.args(["-I", "-c", PROGRAM]).args(words).label(words[0]))
 }
 
 /// Echoes datagrams on both address families.
 ///
 /// # Errors
 /// When Python is missing or the port is taken.
-pub fn serve(pod: &Pod, port: u16) -> Result<Process> {
-    let mut server = python(pod, &["serve", &port.to_string()]).spawn()?;
+pub fn serve(place: &impl Place, port: u16) -> Result<Process> {
+    let mut server = python(place, &["serve", &port.to_string()])?.spawn()?;
     server.wait_for_log("listens", LIMIT)?;
     Ok(server)
 }
@@ -74,16 +74,16 @@ pub fn hold(node: &Node, first: u16, number: u16) -> Result<Process> {
 ///
 /// # Errors
 /// When it cannot run.
-pub fn udp(pod: &Pod, to: impl Into<IpAddr>, port: u16, size: u16, text: &str) -> Result<Exchange> {
-    run(python(pod, &["udp", &to.into().to_string(), &port.to_string(), &size.to_string(), text]))
+pub fn udp(place: &impl Place, to: impl Into<IpAddr>, port: u16, size: u16, text: &str) -> Result<Exchange> {
+    run(python(place, &["udp", &to.into().to_string(), &port.to_string(), &size.to_string(), text])?)
 }
 
 /// Sends some echo requests of this many bytes with `text` in them.
 ///
 /// # Errors
 /// When it cannot run.
-pub fn icmp(pod: &Pod, to: impl Into<IpAddr>, size: u16, text: &str) -> Result<Exchange> {
-    run(python(pod, &["icmp", &to.into().to_string(), &size.to_string(), text]))
+pub fn icmp(place: &impl Place, to: impl Into<IpAddr>, size: u16, text: &str) -> Result<Exchange> {
+    run(python(place, &["icmp", &to.into().to_string(), &size.to_string(), text])?)
 }
 
 fn run(program: Launch) -> Result<Exchange> {
@@ -95,8 +95,8 @@ fn run(program: Launch) -> Result<Exchange> {
 ///
 /// # Errors
 /// When it cannot run or nothing is answered.
-pub fn keep(pod: &Pod, to: impl Into<IpAddr>, port: u16, text: &str) -> Result<Process> {
-    let mut sender = python(pod, &["keep", &to.into().to_string(), &port.to_string(), text]).spawn()?;
+pub fn keep(place: &impl Place, to: impl Into<IpAddr>, port: u16, text: &str) -> Result<Process> {
+    let mut sender = python(place, &["keep", &to.into().to_string(), &port.to_string(), text])?.spawn()?;
     sender.wait_for_log("progress", LIMIT)?;
     Ok(sender)
 }

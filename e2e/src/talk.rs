@@ -5,13 +5,41 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use testbed::{Launch, Pod, Process, wait};
+use testbed::{Launch, Node, Pod, Process, wait};
 
 const PROGRAM: &str = include_str!("../programs/talk.py");
 /// Debian's own, whatever else is first on PATH.
 pub(crate) const PYTHON: &str = "/usr/bin/python3";
 /// How long a server may take to listen or to write a line.
 const LIMIT: Duration = Duration::from_secs(20);
+
+/// Where a program runs.
+pub trait Place {
+    /// A program there.
+    ///
+    /// # Errors
+    /// When there is no place for it.
+    fn program(&self, program: &str) -> Result<Launch>;
+}
+
+impl Place for Pod {
+    fn program(&self, program: &str) -> Result<Launch> {
+        Ok(self.launch(program))
+    }
+}
+
+/// In the node's own network, and no part of the mesh.
+impl Place for Node {
+    fn program(&self, program: &str) -> Result<Launch> {
+        self.launch_apart(program)
+    }
+}
+
+impl<P: Place> Place for &P {
+    fn program(&self, program: &str) -> Result<Launch> {
+        (*self).program(program)
+    }
+}
 
 /// A server that runs.
 #[derive(Debug)]
@@ -23,8 +51,8 @@ pub struct Server {
 ///
 /// # Errors
 /// When Python is missing or the port is taken.
-pub fn serve(pod: &Pod, behaviour: &str, port: u16) -> Result<Server> {
-    let mut process = python(pod, "serve", behaviour).arg(port.to_string()).label(behaviour).spawn()?;
+pub fn serve(place: &impl Place, behaviour: &str, port: u16) -> Result<Server> {
+    let mut process = python(place, "serve", behaviour)?.arg(port.to_string()).label(behaviour).spawn()?;
     // It listens on IPv4 last.
     process.wait_for_port(port, LIMIT)?;
     Ok(Server { process })
@@ -61,8 +89,8 @@ impl Server {
 ///
 /// # Errors
 /// When it cannot run. That the connection failed is in the answer: members `stage` and `error`.
-pub fn call(pod: &Pod, behaviour: &str, to: impl Into<IpAddr>, port: u16) -> Result<Value> {
-    call_with(pod, behaviour, to, port, &[])
+pub fn call(place: &impl Place, behaviour: &str, to: impl Into<IpAddr>, port: u16) -> Result<Value> {
+    call_with(place, behaviour, to, port, &[])
 }
 
 /// The same with more arguments.
@@ -70,14 +98,17 @@ pub fn call(pod: &Pod, behaviour: &str, to: impl Into<IpAddr>, port: u16) -> Res
 /// # Errors
 /// As [`call`].
 pub fn call_with(
-    pod: &Pod,
+    place: &impl Place,
     behaviour: &str,
     to: impl Into<IpAddr>,
     port: u16,
     more: &[&str],
 ) -> Result<Value> {
-    let out =
-        caller(pod, behaviour, to.into(), port).args(more).limit(Duration::from_secs(300)).output()?.ok()?;
+    let out = caller(place, behaviour, to.into(), port)?
+        .args(more)
+        .limit(Duration::from_secs(300))
+        .output()?
+        .ok()?;
     serde_json::from_str(&out).with_context(|| format!("not one line of JSON: {out:?}"))
 }
 
@@ -88,17 +119,20 @@ pub fn call_with(
 /// When it cannot run. That the connection failed is in the answer: members `error`, `errno`, and `call` where the
 /// system call is known (`socket`, `io_uring_setup`, `connect`).
 pub fn ask(pod: &Pod, kind: &str, to: impl Into<IpAddr>, port: u16) -> Result<Value> {
-    let program = python(pod, "kind", kind).arg(to.into().to_string()).arg(port.to_string()).label(kind);
+    let program = python(pod, "kind", kind)?.arg(to.into().to_string()).arg(port.to_string()).label(kind);
     let out = program.output()?.ok()?;
     serde_json::from_str(&out).with_context(|| format!("not one line of JSON: {out:?}"))
 }
 
 /// A client with this behaviour, to be started in the background.
-#[must_use]
-pub fn caller(pod: &Pod, behaviour: &str, to: IpAddr, port: u16) -> Launch {
-    python(pod, "call", behaviour).arg(to.to_string()).arg(port.to_string()).label(behaviour)
+///
+/// # Errors
+/// When there is no place for it.
+pub fn caller(place: &impl Place, behaviour: &str, to: IpAddr, port: u16) -> Result<Launch> {
+    let program = python(place, "call", behaviour)?;
+    Ok(program.arg(to.to_string()).arg(port.to_string()).label(behaviour))
 }
 
-fn python(pod: &Pod, kind: &str, behaviour: &str) -> Launch {
-    pod.launch(PYTHON).args(["-I", "-c", PROGRAM, kind, behaviour])
+fn python(place: &impl Place, kind: &str, behaviour: &str) -> Result<Launch> {
+    Ok(place.program(PYTHON)?.args(["-I", "-c", PROGRAM, kind, behaviour]))
 }

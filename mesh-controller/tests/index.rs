@@ -623,3 +623,24 @@ fn where_the_source_is_complete_what_is_not_known_does_not_exist_and_endpoints_a
     index.remove(&object(pod("a", "two", &[])).key());
     assert_eq!(names(&index.commit()), ["a/web"]);
 }
+
+/// Nodes leave those that run API servers out of what they send through the tunnel between them.
+#[test]
+fn nodes_are_told_where_the_api_servers_are_although_no_pods_are_behind_their_service() {
+    let mut index = index();
+    let told = |delta: &Delta| -> Vec<String> {
+        let kubernetes = &services(delta)["default/kubernetes"];
+        kubernetes.endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect()
+    };
+    let at = |addresses: &[&str]| {
+        Object::EndpointSlice(slice("default", "kubernetes", "kubernetes", &[("https", 6443)], addresses))
+    };
+    // It has no selector, is in no namespace of the mesh, and its endpoints are nodes.
+    let kubernetes = ServiceObject {
+        selector: BTreeMap::new(),
+        ..service("default", "kubernetes", vec![number(443, "https", 6443)])
+    };
+    let first = [namespace("default", None), Object::Service(kubernetes), at(&["192.0.2.1"])];
+    assert_eq!(told(&commit(&mut index, first)), ["192.0.2.1"]);
+    assert_eq!(told(&commit(&mut index, [at(&["192.0.2.1", "192.0.2.2"])])), ["192.0.2.1", "192.0.2.2"]);
+}

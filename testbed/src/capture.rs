@@ -91,10 +91,10 @@ impl Capture {
     fn write_out(&mut self) -> Result<()> {
         let mark = format!("end-of-capture-{:032x}", rand::random::<u128>());
         let far = self.far.addresses()[0];
-        // Port 9 is the discard service (RFC 863).
+        // To Geneve's port, as which it goes past a tunnel that carries what nodes say to each other.
         self.near
             .launch_apart("bash")?
-            .args(["-c", &format!("printf %s {mark} > /dev/udp/{far}/9")])
+            .args(["-c", &format!("printf %s {mark} > /dev/udp/{far}/6081")])
             .output()?
             .ok()?;
         wait::until("the capture to be written", LIMIT, || {

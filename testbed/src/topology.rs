@@ -76,7 +76,8 @@ pub(crate) fn join_nodes(mesh: &str, a: u8, b: u8, pair: u8) -> Result<()> {
     let (ns_a, ns_b) = (format!("{mesh}-n{a}"), format!("{mesh}-n{b}"));
     let (dev_a, dev_b) = (link_device(b), link_device(a));
     netns::batch(None, &[format!("link add {dev_a} netns {ns_a} type veth peer name {dev_b} netns {ns_b}")])?;
-    for (ns, dev, own, peer, other) in [(&ns_a, &dev_a, 1, 2, b), (&ns_b, &dev_b, 2, 1, a)] {
+    for (ns, dev, own, peer, own_number, other) in [(&ns_a, &dev_a, 1, 2, a, b), (&ns_b, &dev_b, 2, 1, b, a)]
+    {
         let (v4, v6) = (format!("10.22.{pair}.{peer}"), format!("fd22:0:0:{pair}::{peer}"));
         let mut lines = vec![
             format!("address add 10.22.{pair}.{own}/30 dev {dev}"),
@@ -85,9 +86,11 @@ pub(crate) fn join_nodes(mesh: &str, a: u8, b: u8, pair: u8) -> Result<()> {
         ];
         // The other end may not be up yet, and the kernel takes IPv6 routes to a gateway only over a known link.
         lines.push(format!("route add 10.20.{other}.0/24 via {v4} dev {dev} onlink"));
-        lines.push(format!("route add {}/32 via {v4} dev {dev} onlink", node_v4(other)));
+        // With the node's own address, as nodes have no other towards each other.
+        let (from_v4, from_v6) = (node_v4(own_number), node_v6(own_number));
+        lines.push(format!("route add {}/32 via {v4} dev {dev} src {from_v4} onlink", node_v4(other)));
         lines.push(format!("route add fd20:0:0:{other}::/64 via {v6} dev {dev} onlink"));
-        lines.push(format!("route add {}/128 via {v6} dev {dev} onlink", node_v6(other)));
+        lines.push(format!("route add {}/128 via {v6} dev {dev} src {from_v6} onlink", node_v6(other)));
         netns::batch(Some(ns), &lines)?;
     }
     Ok(())

@@ -15,6 +15,7 @@ mod tunnel;
 mod tunnel_changes;
 mod tunnel_failures;
 mod tunnel_kernel;
+mod tunnel_nodes;
 mod volume;
 
 use std::process::ExitCode;
@@ -107,6 +108,8 @@ fn main() -> ExitCode {
         tunnel_changes::what_somebody_takes_from_the_tunnel_comes_back_and_meanwhile_nothing_goes_in_plain,
         tunnel_changes::without_the_controller_an_agent_finds_its_tunnel_again_and_sends_nothing_plain,
         tunnel_changes::an_agent_takes_the_tunnel_over_only_when_other_nodes_can_hear_of_its_key,
+        tunnel_nodes::what_nodes_say_to_each_other_goes_inside_where_that_is_wanted_and_leaves_no_trace_where_it_is_not,
+        tunnel_nodes::what_nodes_say_to_each_other_never_depends_on_the_tunnel_and_api_servers_are_left_out,
         volume::five_thousand_http_connections_at_the_same_time_are_served,
         volume::five_thousand_tcp_connections_at_the_same_time_are_each_their_own,
         volume::a_pod_takes_no_more_connections_than_it_may_from_either_node,

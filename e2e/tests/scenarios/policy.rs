@@ -161,7 +161,7 @@ pub(crate) fn two_pods_of_one_node_shake_hands_where_that_is_asked_for() -> Resu
 pub(crate) fn a_stricter_policy_ends_the_plain_connections_that_it_forbids() -> Result<Outcome> {
     Stage::annotated(&[("sockmesh.io/mtls", "permissive")])?.play(|stage| {
         let client = |pod, behaviour, server: &Pod, port| {
-            talk::caller(pod, behaviour, server.v4().into(), port).spawn()
+            talk::caller(pod, behaviour, server.v4().into(), port).and_then(testbed::Launch::spawn)
         };
         let line = |client: &Process, member: &str, n: usize| -> Result<Value> {
             wait::until(&format!("line {n} with {member:?} of {}", client.name()), LIMIT, || {

@@ -30,7 +30,7 @@ struct Chat(Process);
 
 impl Chat {
     fn begin(from: &Pod, to: &Pod) -> Result<Self> {
-        let mut chat = talk::caller(from, "keep_asking", to.v4().into(), 7000).spawn()?;
+        let mut chat = talk::caller(from, "keep_asking", to.v4().into(), 7000)?.spawn()?;
         chat.wait_for_log("asked", LIMIT)?;
         Ok(Self(chat))
     }

@@ -197,7 +197,8 @@ pub(crate) fn an_agent_takes_the_tunnel_over_from_another_and_hardly_a_datagram_
         let _streams = talk::serve(&beyond, "echo", PORT)?;
         let capture = Capture::start(&stage.mesh, 1, 2)?;
         let sender = datagrams::keep(&stage.client, addresses(&stage.far)[1], PORT, CANARY)?;
-        let mut stream = talk::caller(&stage.stranger, "keep_asking", addresses(&beyond)[0], PORT).spawn()?;
+        let mut stream =
+            talk::caller(&stage.stranger, "keep_asking", addresses(&beyond)[0], PORT)?.spawn()?;
         for node in stage.mesh.nodes() {
             let before = report(node)?["tunnel"]["port"].clone();
             hand_over(stage, node)?;
@@ -311,7 +312,9 @@ pub(crate) fn traces(node: &Node) -> Result<String> {
             .collect::<Vec<_>>()
             .join("\n");
         // Without the table there is nothing to show, which some versions call an error.
-        found += &node.launch("ip").args([family, "route", "show", "table", "15871"]).output()?.text();
+        for table in ["15871", "15872"] {
+            found += &node.launch("ip").args([family, "route", "show", "table", table]).output()?.text();
+        }
     }
     found += &ip(&["-o", "link"])?
         .lines()

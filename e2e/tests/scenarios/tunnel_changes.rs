@@ -39,8 +39,9 @@ pub(crate) fn ten_rotations_of_both_nodes_under_streams_and_datagrams_break_no_s
         let _bulk = talk::serve(&beyond, "answer_after_end", PORT + 1)?;
         let capture = Capture::start(&stage.mesh, 1, 2)?;
         let sender = datagrams::keep(&stage.client, addresses(&stage.far)[0], PORT, CANARY)?;
-        let callers =
-            addresses(&beyond).map(|to| talk::caller(&stage.stranger, "keep_asking", to, PORT).spawn());
+        let callers = addresses(&beyond).map(|to| {
+            talk::caller(&stage.stranger, "keep_asking", to, PORT).and_then(testbed::Launch::spawn)
+        });
         let mut streams = callers.into_iter().collect::<Result<Vec<_>>>()?;
         for rotation in 1..=10 {
             for node in stage.mesh.nodes() {

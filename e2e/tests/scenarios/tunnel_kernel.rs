@@ -61,7 +61,8 @@ pub(crate) fn the_kernels_wireguard_keeps_keys_and_sessions_whatever_becomes_of_
             }
         }
         let sender = datagrams::keep(&stage.client, addresses(&stage.far)[0], PORT, CANARY)?;
-        let mut stream = talk::caller(&stage.stranger, "keep_asking", addresses(&beyond)[0], PORT).spawn()?;
+        let mut stream =
+            talk::caller(&stage.stranger, "keep_asking", addresses(&beyond)[0], PORT)?.spawn()?;
         for node in stage.mesh.nodes() {
             let before = key(&settled(node, "kernel")?);
             hand_over(stage, node)?;
@@ -112,7 +113,8 @@ pub(crate) fn a_tunnel_moves_into_the_kernel_and_back_while_agents_change_and_se
         let _streams = talk::serve(&beyond, "echo", PORT)?;
         let capture = Capture::start(&stage.mesh, 1, 2)?;
         let sender = datagrams::keep(&stage.client, addresses(&stage.far)[0], PORT, CANARY)?;
-        let mut stream = talk::caller(&stage.stranger, "keep_asking", addresses(&beyond)[0], PORT).spawn()?;
+        let mut stream =
+            talk::caller(&stage.stranger, "keep_asking", addresses(&beyond)[0], PORT)?.spawn()?;
         for mode in ["kernel", "user"] {
             stage.mesh.node_setting("/wireguard/mode", json!(mode))?;
             for node in stage.mesh.nodes() {

@@ -109,7 +109,7 @@ pub(crate) fn a_pod_takes_no_more_connections_than_it_may_from_either_node() -> 
         let _echo = talk::serve(&stage.near, "echo", 7000)?;
         let address = IpAddr::from(stage.near.v4());
         let hold = |pod: &Pod| -> Result<Process> {
-            let mut holder = talk::caller(pod, "ask-and-stay", address, 7000).spawn()?;
+            let mut holder = talk::caller(pod, "ask-and-stay", address, 7000)?.spawn()?;
             holder.wait_for_log("stands", LIMIT)?;
             Ok(holder)
         };
@@ -153,7 +153,7 @@ pub(crate) fn readers_that_do_not_read_cost_little_memory() -> Result<Outcome> {
         for server in [&stage.near, &stage.far] {
             for _ in 0..20 {
                 let to = server.v4().into();
-                let mut reader = talk::caller(&stage.client, "take-nothing", to, 7000).spawn()?;
+                let mut reader = talk::caller(&stage.client, "take-nothing", to, 7000)?.spawn()?;
                 reader.wait_for_log("received", LIMIT)?;
                 readers.push(reader);
             }

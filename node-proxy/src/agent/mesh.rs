@@ -535,4 +535,29 @@ pub(super) mod tests {
         assert!(mesh.trust().is_some());
         assert_eq!(mesh.known().len(), 1);
     }
+
+    #[test]
+    fn whoever_was_told_to_be_an_api_server_stays_one() {
+        let mut mesh = Mesh::new("a".to_owned());
+        let endpoints = |service: Service, addresses: &[&str]| {
+            let address = |at: &&str| Endpoint {
+                address: at.parse().unwrap(),
+                workload: None,
+                ready: true,
+                terminating: false,
+                ports: Vec::new(),
+            };
+            Service { endpoints: addresses.iter().map(address).collect(), ..service }
+        };
+        let mut told = |service: Service| {
+            let upserts = vec![(Resource::Service(service), "1".to_owned())];
+            mesh.apply(Changes { upserts, removals: Vec::new() });
+            mesh.tunnels().api_servers.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        let kubernetes = Service { name: "kubernetes".into(), namespace: "default".into(), ..service(&[]) };
+        assert!(told(endpoints(service(&[]), &["192.0.2.9"])).is_empty(), "of another service");
+        assert_eq!(told(endpoints(kubernetes.clone(), &["::ffff:192.0.2.1"])), ["192.0.2.1"]);
+        assert_eq!(told(endpoints(kubernetes.clone(), &["192.0.2.2"])), ["192.0.2.1", "192.0.2.2"]);
+        assert_eq!(told(endpoints(kubernetes, &[])), ["192.0.2.1", "192.0.2.2"]);
+    }
 }
