@@ -15,7 +15,7 @@ use time::OffsetDateTime;
 use crate::access::{Access, Call, Read, Unread};
 use crate::forward;
 use crate::metrics;
-use crate::pages::{Ca, ControllerConfig, NodeConfig, NodeStatus, Vitals};
+use crate::pages::{Ca, ControllerConfig, NodeConfig, NodeStatus, TunnelPage, Vitals};
 
 /// Deployment and Lease of the controller, and what its pods bear as `app.kubernetes.io/name`.
 pub(crate) const CONTROLLER: &str = "sockmesh-controller";
@@ -65,6 +65,8 @@ pub(crate) struct Agent {
     pub(crate) vitals: Read<Vitals>,
     /// Asked for only where the vitals are not well.
     pub(crate) status: Option<Read<NodeStatus>>,
+    /// Asked for only where there is to be a tunnel.
+    pub(crate) tunnel: Option<Read<TunnelPage>>,
 }
 
 /// How much is asked of the controllers.
@@ -173,7 +175,15 @@ async fn at_agents(access: &Access, namespace: &str) -> Read<Vec<Agent>> {
             }
             _ => None,
         };
-        Agent { pod, vitals, status }
+        let tunnel = match &vitals {
+            Ok(vitals) if vitals.tunnel => {
+                let report: Read<Option<TunnelPage>> =
+                    page(access, namespace, &name, AGENT_PORT, "/debug/tunnel").await;
+                report.transpose()
+            }
+            _ => None,
+        };
+        Agent { pod, vitals, status, tunnel }
     });
     Ok(looks.buffered(AT_ONCE).collect().await)
 }

@@ -241,6 +241,32 @@ pub(crate) struct LeftAlone {
     pub(crate) reason: String,
 }
 
+/// The part of `/debug/tunnel` of a node that says whether something is wrong.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct TunnelPage {
+    pub(crate) findings: Vec<String>,
+    pub(crate) paths: Vec<TunnelPath>,
+}
+
+/// How large packets may be on the way to a node, all sizes in bytes.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct TunnelPath {
+    pub(crate) peer: String,
+    pub(crate) endpoint: String,
+    pub(crate) device_mtu: u16,
+    pub(crate) usable: u16,
+    /// What that means, one of a closed set.
+    pub(crate) path: String,
+    /// What the path says that it carries.
+    pub(crate) known: Option<u16>,
+    /// What it carries and does not say.
+    pub(crate) carries: Option<u16>,
+    /// What the kernel believes that it carries.
+    pub(crate) believed: Option<u16>,
+}
+
 /// What a node's metrics say about its health: small, unlike its configuration.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Vitals {
@@ -252,6 +278,8 @@ pub(crate) struct Vitals {
     /// Pods with a certificate that has not run out.
     pub(crate) certified: u64,
     pub(crate) write_failures: u64,
+    /// Whether the node is to have a tunnel.
+    pub(crate) tunnel: bool,
 }
 
 impl Vitals {
@@ -268,6 +296,7 @@ impl Vitals {
             uncaptured: number("sockmesh_pods_uncaptured")?,
             certified: expiry.filter(|s| s.value > now_unix as f64).count() as u64,
             write_failures: number("sockmesh_state_write_failures_total").unwrap_or_default(),
+            tunnel: number("sockmesh_wireguard_up").is_some(),
         })
     }
 

@@ -334,6 +334,7 @@ mod tests {
             })),
             vitals: Ok(vitals),
             status: (!ready).then_some(Ok(status)),
+            tunnel: None,
         }
     }
 

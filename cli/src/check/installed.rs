@@ -8,6 +8,7 @@ use kube::ResourceExt as _;
 use time::{Duration, OffsetDateTime};
 
 use super::report::{Finding, Group};
+use super::tunnels;
 use crate::access::Read;
 use crate::date;
 use crate::look::{self, Agent, CONTROLLER, Cluster, Controller, Mesh};
@@ -38,6 +39,7 @@ pub(crate) fn mesh(cluster: &Cluster, mesh: &Mesh) -> Vec<Finding> {
     let mut findings = controller(cluster, mesh);
     findings.extend(certificates(cluster.now, &mesh.controllers));
     findings.extend(agents(cluster, mesh));
+    findings.extend(tunnels::tunnels(mesh));
     findings.extend(pods(mesh));
     findings.extend(configuration(cluster, mesh));
     findings
@@ -382,7 +384,10 @@ fn pods(mesh: &Mesh) -> Vec<Finding> {
                 .filter(|p| p.uncaptured)
                 .map(|p| format!("{} on {node}: {}", p.name, p.reason)),
         );
-        problems.extend(status.problems.iter().map(|problem| format!("{node}: {problem}")));
+        // What is wrong with its tunnel is told there.
+        let told = |problem: &&String| matches!(agent.tunnel, Some(Ok(_))) && problem.starts_with("tunnel: ");
+        let others = status.problems.iter().filter(|problem| !told(problem));
+        problems.extend(others.map(|problem| format!("{node}: {problem}")));
     }
     // Of nodes that do not answer nothing is known, which is not the same as no pods.
     let answering = by_node.values().filter(|agent| agent.vitals.is_ok()).count();

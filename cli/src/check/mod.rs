@@ -4,6 +4,7 @@ pub(crate) mod before;
 pub(crate) mod installed;
 pub(crate) mod kinds;
 pub(crate) mod report;
+mod tunnels;
 
 use std::process::ExitCode;
 

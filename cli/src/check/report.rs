@@ -32,6 +32,7 @@ pub(crate) enum Group {
     Controller,
     Certificates,
     Agents,
+    Tunnels,
     Pods,
     Configuration,
 }
@@ -45,6 +46,7 @@ impl fmt::Display for Group {
             Self::Controller => "Controller",
             Self::Certificates => "Certificate authority",
             Self::Agents => "Node agents",
+            Self::Tunnels => "Tunnels between nodes",
             Self::Pods => "Pods",
             Self::Configuration => "Labels and annotations",
         })

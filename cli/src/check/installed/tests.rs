@@ -39,7 +39,7 @@ fn well() -> Vitals {
 }
 
 fn an_agent(node: &str) -> Agent {
-    Agent { pod: a_pod(&format!("agent-{node}"), node, true), vitals: Ok(well()), status: None }
+    Agent { pod: a_pod(&format!("agent-{node}"), node, true), vitals: Ok(well()), status: None, tunnel: None }
 }
 
 fn a_controller(name: &str, node: &str) -> Controller {
@@ -280,6 +280,7 @@ fn while_an_agent_is_replaced_the_one_that_is_ready_counts() {
         pod: a_pod("agent-old", "node1", false),
         vitals: Err(Unread::new("gone", "x")),
         status: None,
+        tunnel: None,
     };
     story.mesh.agents.as_mut().unwrap().insert(0, old);
     assert!(story.report().ok, "{}", story.report());
