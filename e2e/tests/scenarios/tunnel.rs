@@ -268,6 +268,40 @@ pub(crate) fn what_a_route_leads_past_the_tunnel_is_dropped_by_name_for_pods_tha
     })
 }
 
+pub(crate) fn a_path_that_is_narrow_and_says_so_is_named_and_is_no_failure() -> Result<Outcome> {
+    let (stage, beyond) = stage_with_tunnel()?;
+    stage.play(|stage| {
+        stage.announce_that_nothing_is_sent();
+        stage.announce_that_nothing_is_received();
+        let _bulk = talk::serve(&beyond, "answer_after_end", PORT)?;
+        let [first, second] = [stage.mesh.node(1), stage.mesh.node(2)];
+        // As if a router had said so.
+        for (node, device) in [(first, "to-n2"), (second, "to-n1")] {
+            for family in ["-4", "-6"] {
+                let show = [family, "route", "show", "dev", device];
+                let routes = node.launch("ip").args(show).output()?.ok()?;
+                for route in routes.lines().filter(|route| route.contains(" via ")) {
+                    let change = [family, "route", "change"].into_iter().chain(route.split_whitespace());
+                    let narrow = ["dev", device, "mtu", "lock", "1280"];
+                    node.launch("ip").args(change.chain(narrow)).output()?.ok()?;
+                }
+            }
+        }
+        datagrams::icmp(&stage.stranger, addresses(&beyond)[0], 100, CANARY)?.complete()?;
+        for node in [first, second] {
+            let report = tunnel_until(node, "a narrow path", |report| {
+                report["paths"].as_array().is_some_and(|paths| {
+                    paths.iter().any(|path| path["path"] == "narrow" && path["known"] == 1280)
+                })
+            })?;
+            ensure!(report["findings"] == json!([]), "{report:#}");
+        }
+        let sent = talk::call(&stage.stranger, "end_then_read", addresses(&beyond)[0], PORT)?;
+        ensure!(sent["answer"]["sha256"] == sent["sent"], "what arrived is not what was sent: {sent}");
+        Ok(())
+    })
+}
+
 pub(crate) fn a_path_that_swallows_large_packets_is_named_and_what_crosses_is_made_to_fit() -> Result<Outcome>
 {
     let (stage, beyond) = stage_with_tunnel()?;
