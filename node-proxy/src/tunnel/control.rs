@@ -2,6 +2,8 @@
 
 #[cfg(test)]
 mod conversations;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 
 use std::collections::BTreeMap;
 use std::net::UdpSocket;

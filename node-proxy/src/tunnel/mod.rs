@@ -18,6 +18,9 @@ use std::sync::Arc;
 pub(crate) use peers::{from_wire, to_wire};
 pub use status::{KeyDocument, PacketsDocument, PeerDocument, SessionDocument, TunnelDocument};
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub use control::fuzzing;
+
 use control::Control;
 
 /// Why the process ended.

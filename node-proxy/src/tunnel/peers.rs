@@ -1,5 +1,6 @@
 //! Other nodes, between the messages and the device's own types.
 
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -44,6 +45,10 @@ pub(crate) fn to_wire(peers: &[PeerNode]) -> Vec<TunnelPeer> {
 
 /// For the device.
 pub(crate) fn from_wire(peers: &[TunnelPeer]) -> Result<Vec<PeerNode>, String> {
+    let mut names = HashSet::new();
+    if let Some(twice) = peers.iter().find(|peer| !names.insert(&peer.node)) {
+        return Err(format!("node {}: it is there twice", twice.node));
+    }
     peers.iter().map(|peer| one(peer).map_err(|e| format!("node {}: {e}", peer.node))).collect()
 }
 
@@ -98,6 +103,8 @@ mod tests {
         wire.allowed = vec![TunnelRange { address: vec![10, 0, 0, 0], prefix: 40 }];
         from_wire(&[wire.clone()]).expect_err("a prefix of 40 bits is too long for IPv4");
         wire.allowed.clear();
+        let error = from_wire(&[wire.clone(), wire.clone()]).unwrap_err();
+        assert_eq!(error, "node b: it is there twice");
         wire.keys = vec![TunnelPeerKey { public_key: vec![1; 31], ..TunnelPeerKey::default() }];
         assert_eq!(from_wire(&[wire]).unwrap_err(), "node b: a key has 32 bytes");
     }

@@ -121,6 +121,7 @@ impl Config {
     ) -> (Self, Vec<Conflict>) {
         let mut own: Vec<Arc<Own>> = own.iter().map(|key| self.own(device, key)).collect();
         own.sort_by_key(|o| std::cmp::Reverse(o.generation));
+        own.dedup_by_key(|o| o.key);
         let mut next = Self { own, ..Self::empty() };
         let own_keys: HashSet<PublicKey> = next.own.iter().map(|o| o.key).collect();
         let known: HashMap<(PublicKey, PublicKey), &Arc<Pair>> =
