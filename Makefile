@@ -10,7 +10,7 @@ BIN := $(CARGO_TARGET_DIR)/release
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench scale check build dist images cluster cluster-down test-cluster tools
+.PHONY: help demo test fuzz bench scale check build dist images cluster cluster-down test-cluster tools
 
 help: ## lists the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -21,6 +21,9 @@ demo: build ## shows the mesh at work: two nodes, a web service, a database, fai
 
 test: ## style, crates, every test and scenario
 	scripts/test.sh
+
+fuzz: tools ## looks for inputs that break the tunnel, each program for FUZZ_SECONDS (60); ARGS="wireguard_join" for one
+	scripts/fuzz.sh $(ARGS)
 
 bench: build dist ## measures against direct connections, a pair of Envoys and wireguard-go
 	@scripts/install-deps.sh run

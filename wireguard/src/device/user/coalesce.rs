@@ -232,7 +232,7 @@ impl Coalescer {
     }
 }
 
-/// Whether the transport checksum of the packet made of `front` and `tail` is right. `front` holds an even number of bytes
+/// Whether the checksums of the packet made of `front` and `tail` are right: the transport's, and that of IPv4's header. `front` holds an even number of bytes
 /// from the transport header on, or `tail` is empty.
 fn checksum_right(front: &[u8], t: &Transport, tail: &[u8]) -> bool {
     let len = front.len() + tail.len() - t.ip;
@@ -246,7 +246,7 @@ fn checksum_right(front: &[u8], t: &Transport, tail: &[u8]) -> bool {
         let word = [odd[0], tail[0]];
         checksum::add(checksum::add(checksum::add(pseudo, even), &word), &tail[1..])
     };
-    checksum::fold(sum) == 0xffff
+    checksum::fold(sum) == 0xffff && (t.ip != 20 || checksum::fold(checksum::add(0, &front[..20])) == 0xffff)
 }
 
 #[cfg(test)]

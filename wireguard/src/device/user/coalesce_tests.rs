@@ -124,3 +124,13 @@ fn without_id(mut packet: Vec<u8>) -> Vec<u8> {
     }
     packet
 }
+
+#[test]
+fn a_packet_whose_header_has_a_wrong_checksum_is_not_joined() {
+    for damaged in 0..3 {
+        let mut packets = tcp4(&[500, 500, 500], 1);
+        packets[damaged][10] ^= 1;
+        let frames = join(&packets, true);
+        assert!(frames.iter().any(|frame| frame[VNET_HEADER..] == packets[damaged][..]), "{damaged}");
+    }
+}

@@ -28,7 +28,7 @@ pub(super) struct Ingress {
 }
 
 /// All but the buffers that datagrams are received in.
-struct Opener {
+pub(super) struct Opener {
     joiner: Coalescer,
     /// The last source seen, and whose it is.
     source: Option<(IpAddr, u64)>,
@@ -36,15 +36,12 @@ struct Opener {
 
 impl Ingress {
     pub(super) fn new(datagram_runs: bool) -> Self {
-        Self {
-            buffers: vec![0; BUFFERS * BUFFER].into_boxed_slice(),
-            opener: Opener { joiner: Coalescer::new(datagram_runs), source: None },
-        }
+        Self { buffers: vec![0; BUFFERS * BUFFER].into_boxed_slice(), opener: Opener::new(datagram_runs) }
     }
 
     /// To be called when the configuration may be another one.
     pub(super) fn forget(&mut self) {
-        self.opener.source = None;
+        self.opener.forget();
     }
 
     /// Receives one batch and writes what it brings to `tun`.
@@ -72,17 +69,44 @@ impl Ingress {
         for (meta, slice) in meta[..received].iter_mut().zip(&slices) {
             // An IPv4 address on an IPv6 socket is the IPv4 address it stands for.
             meta.addr.set_ip(meta.addr.ip().to_canonical());
-            let mut rest = &slice[..meta.len];
-            while !rest.is_empty() {
-                rest = self.opener.open(device, config, socket, meta, rest, &mut write);
-            }
+            self.opener.take(device, config, socket, meta, &slice[..meta.len], &mut write);
         }
-        self.opener.joiner.flush(&mut write);
+        self.opener.flush(&mut write);
         Ok(())
     }
 }
 
 impl Opener {
+    pub(super) fn new(datagram_runs: bool) -> Self {
+        Self { joiner: Coalescer::new(datagram_runs), source: None }
+    }
+
+    /// Handles what was received as one: datagrams of one sender, each as long as `meta` says.
+    pub(super) fn take(
+        &mut self,
+        device: &Device,
+        config: &Config,
+        socket: &Socket,
+        meta: &RecvMeta,
+        bytes: &[u8],
+        write: &mut impl FnMut(&mut [u8]),
+    ) {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            rest = self.open(device, config, socket, meta, rest, write);
+        }
+    }
+
+    /// Writes what waits to be continued.
+    pub(super) fn flush(&mut self, write: &mut impl FnMut(&mut [u8])) {
+        self.joiner.flush(write);
+    }
+
+    /// To be called when the configuration may be another one.
+    pub(super) fn forget(&mut self) {
+        self.source = None;
+    }
+
     /// Handles the first datagrams of `bytes`, as many as are for one pair of keys, and returns the rest.
     fn open<'a>(
         &mut self,
@@ -149,6 +173,11 @@ impl Opener {
                 }
             };
             authentic = true;
+            if packet.len() < packet::SHORTEST {
+                self.joiner.nothing();
+                pair.node.drops.add(DropCause::Malformed, 1);
+                continue;
+            }
             let owner = match self.source {
                 Some((last, owner)) if last == source => Some(owner),
                 _ => config.peer_of(source).map(|peer| peer.node.id),

@@ -15,6 +15,8 @@ mod coalesce;
 mod config;
 mod counters;
 mod egress;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod handshake;
 mod ingress;
 mod open;
@@ -23,7 +25,7 @@ mod pair;
 mod ranges;
 mod segment;
 mod socket;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod testing;
 mod timers;
 mod worker;
@@ -156,25 +158,7 @@ impl UserDevice {
                 "a tunnel needs at least one TUN queue and one UDP socket",
             ));
         }
-        let sockets = udp.into_iter().map(Socket::new).collect::<io::Result<Vec<_>>>()?;
-        let device = Arc::new(Device {
-            mtu: AtomicU32::new(settings.mtu),
-            sources: Sources::new(settings.handshakes_per_address),
-            settings,
-            config: ArcSwap::from_pointee(Config::empty()),
-            applying: Mutex::new(()),
-            table: RwLock::default(),
-            retired: Mutex::default(),
-            active: Mutex::default(),
-            changed: Condvar::new(),
-            sockets,
-            drops: Drops::default(),
-            ids: AtomicU64::new(1),
-            start: Instant::now(),
-            stop: AtomicBool::new(false),
-            eager: AtomicBool::new(false),
-            next_wanted: AtomicUsize::new(0),
-        });
+        let device = Arc::new(Device::new(udp, settings)?);
         let conflicts = device.apply(own, peers);
         let mut shares: Vec<Vec<OwnedFd>> = device.sockets.iter().map(|_| Vec::new()).collect();
         // Every thread writes to a queue, so each needs one, if only to share.
@@ -259,6 +243,28 @@ impl Drop for UserDevice {
 }
 
 impl Device {
+    /// One that knows no key and no node yet.
+    fn new(udp: Vec<UdpSocket>, settings: Settings) -> io::Result<Self> {
+        Ok(Self {
+            mtu: AtomicU32::new(settings.mtu),
+            sources: Sources::new(settings.handshakes_per_address),
+            settings,
+            config: ArcSwap::from_pointee(Config::empty()),
+            applying: Mutex::new(()),
+            table: RwLock::default(),
+            retired: Mutex::default(),
+            active: Mutex::default(),
+            changed: Condvar::new(),
+            sockets: udp.into_iter().map(Socket::new).collect::<io::Result<Vec<_>>>()?,
+            drops: Drops::default(),
+            ids: AtomicU64::new(1),
+            start: Instant::now(),
+            stop: AtomicBool::new(false),
+            eager: AtomicBool::new(false),
+            next_wanted: AtomicUsize::new(0),
+        })
+    }
+
     fn apply(&self, own: &[OwnKey], peers: Vec<PeerNode>) -> Vec<Conflict> {
         let _one_at_a_time = self.applying.lock();
         let before = self.config.load_full();

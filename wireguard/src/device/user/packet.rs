@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Bytes of `struct virtio_net_hdr` before each packet of a TUN device opened with IFF_VNET_HDR.
 pub(super) const VNET_HEADER: usize = 10;
+/// Bytes of the shortest IP packet: a header of IPv4 (RFC 791).
+pub(super) const SHORTEST: usize = 20;
 /// Protocol numbers (IANA).
 pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
@@ -127,6 +129,10 @@ pub(super) fn mark_congestion(packet: &mut [u8]) {
     if packet[0] >> 4 == 4 {
         let header = usize::from(packet[0] & 15) * 4;
         if header < 20 || header > packet.len() {
+            return;
+        }
+        // What came damaged must arrive damaged.
+        if super::checksum::fold(super::checksum::add(0, &packet[..header])) != 0xffff {
             return;
         }
         packet[1] |= 3;
