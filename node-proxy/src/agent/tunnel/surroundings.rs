@@ -207,11 +207,7 @@ impl Surroundings {
         self.was_known.get_or_insert(self.known);
         if self.known {
             self.last = Some(tunnels.clone());
-        }
-        if self.agent.controller.reporter.leaves() {
-            // The others still send into the tunnel, and will hear; what comes out of it by then they would not take.
-            tunnels.this = None;
-        } else if let (false, Some(last)) = (self.known, &self.last) {
+        } else if let Some(last) = &self.last {
             // Nobody takes a tunnel back that this node wants: its pods' packets do not go out in plain for it.
             tunnels.clone_from(last);
         }
@@ -307,10 +303,13 @@ impl Surroundings {
         let devices: Vec<TunnelDevice> =
             ways.interfaces.iter().filter(|name| exists(name.as_str())).map(device).collect();
         let all_exist = devices.len() == ways.interfaces.len();
+        let has_routed = self.routed.as_ref().is_some_and(|(inputs, _)| !inputs.peers.is_empty());
         // Where packets went in plain until now they go on so until the other nodes know whose they are.
-        let is_new = self.was_known != Some(true) && self.routed.is_none() && !told;
-        if !is_new && is_known {
-            self.route(tunnels, devices, &ways).await;
+        let is_new = self.was_known != Some(true) && !has_routed && !told;
+        // The others still send into the tunnel of a node that leaves, and will hear; what it sends by then they would not take.
+        let leaves = self.agent.controller.reporter.leaves();
+        if is_known && (!is_new || inside != Inside::Away) {
+            self.route(tunnels, devices, &ways, !is_new && !leaves).await;
         }
         self.filter(tunnels, addresses, mtu, &ways);
         if inside != Inside::Away && is_known {
@@ -350,12 +349,16 @@ impl Surroundings {
         format!("{what}: {error}")
     }
 
-    /// Brings the kernel's routes in line.
-    async fn route(&mut self, tunnels: &Tunnels, devices: Vec<TunnelDevice>, ways: &Ways) {
+    /// Brings the kernel's routes in line. While nothing `goes_inside`, the interfaces still take what comes: the kernel's
+    /// filter of sources drops that on one without an address.
+    async fn route(&mut self, tunnels: &Tunnels, devices: Vec<TunnelDevice>, ways: &Ways, goes_inside: bool) {
         let way = |peer: &str| ways.to(peer).filter(|way| devices.iter().any(|device| device.name == *way));
         let inside = self.nodes_inside(tunnels);
         let node_way = |peer: &str| way(peer).filter(|_| inside.contains(peer));
-        let inputs = plan::inputs(tunnels, &devices, &way, node_way, |peer| self.paths.usable_mtu(peer));
+        let mut inputs = plan::inputs(tunnels, &devices, &way, node_way, |peer| self.paths.usable_mtu(peer));
+        if !goes_inside {
+            inputs.peers.clear();
+        }
         let due =
             self.routed.as_ref().is_none_or(|(last, at)| *last != inputs || at.elapsed() >= ROUTES_EVERY);
         let is_other = self.tried.as_ref() != Some(&inputs);
@@ -483,8 +486,10 @@ impl Surroundings {
             (Some((inputs, _)), Some(router)) => router.status(inputs).await,
             _ => Ok(RoutingStatus::default()),
         };
-        if routing.as_ref().is_ok_and(|routing| routing.differences > 0) {
-            self.routed = None;
+        if routing.as_ref().is_ok_and(|routing| routing.differences > 0)
+            && let Some((inputs, _)) = self.routed.take()
+            && !inputs.peers.is_empty()
+        {
             // What was routed once is not new.
             self.was_known = Some(true);
         }

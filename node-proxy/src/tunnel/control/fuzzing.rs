@@ -178,6 +178,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         generations: generations.to_vec(),
         peers: peers.iter().copied().cloned().collect(),
         mtu,
+        eager: mtu % 2 == 1,
     };
     let open = |apply| {
         Message::Open(TunnelOpen {
