@@ -232,8 +232,8 @@ impl Coalescer {
     }
 }
 
-/// Whether the checksums of the packet made of `front` and `tail` are right: the transport's, and that of IPv4's header. `front` holds an even number of bytes
-/// from the transport header on, or `tail` is empty.
+/// Whether the checksums of the packet made of `front` and `tail` are right: the transport's, and that of IPv4's header.
+/// `front` holds an even number of bytes from the transport header on, or `tail` is empty.
 fn checksum_right(front: &[u8], t: &Transport, tail: &[u8]) -> bool {
     let len = front.len() + tail.len() - t.ip;
     let pseudo = checksum::pseudo(packet::address_bytes(front), t.protocol, len);
