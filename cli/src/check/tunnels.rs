@@ -181,7 +181,7 @@ mod tests {
     #[test]
     fn other_complaints_are_told_in_the_nodes_words() {
         let page = r#"{"findings": ["no UDP port is free", "node n2: black hole: x"], "paths": []}"#;
-        let told = report(&[("n1", page), ("n2", "[]")]);
+        let told = report(&[("n1", page), ("n2", "no page of a node")]);
         let problems = told.findings.iter().find(|f| f.check == "problems").unwrap();
         assert_eq!(problems.objects, ["n1: no UDP port is free", "n1: node n2: black hole: x"]);
         assert!(told.findings.iter().any(|f| f.level == Level::Error && f.objects == ["n2"]), "{told}");
