@@ -7,4 +7,5 @@
 
 pub mod device;
 pub mod net;
+mod reverse_path;
 mod sys;

@@ -30,6 +30,7 @@ use super::{
     plan::{Desired, Family, Rule},
     settings::Settings,
 };
+use crate::reverse_path;
 
 /// The kernel answers in milliseconds; what it could not queue for us never comes.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -48,19 +49,15 @@ pub(crate) struct Link {
     pub(crate) addr_gen_mode: Option<In6AddrGenMode>,
 }
 
-/// Reverse path filtering that asks for a route back by any device.
-const LOOSE: i32 = 2;
-
 impl Link {
     /// What has to be said to the kernel so that the device takes what the tunnel brings and adds nothing of its own. Over
     /// netlink, since `/proc/sys` can only be read in a container that is not privileged.
     fn missing_manners(&self) -> Vec<AfSpecUnspec> {
         let mut missing = Vec::new();
-        // Strict reverse path filtering would drop packets from addresses of nodes, whose own route is another device.
-        // The larger of this and "all" holds.
-        if self.rp_filter.is_some_and(|mode| mode != LOOSE) {
+        let rp_filter = reverse_path::mode();
+        if self.rp_filter.is_some_and(|mode| mode != rp_filter) {
             let mut wanted = InetDevConf::default();
-            wanted.rp_filter = LOOSE;
+            wanted.rp_filter = rp_filter;
             missing.push(AfSpecUnspec::Inet(vec![AfSpecInet::DevConfRequest(wanted)]));
         }
         // No link-local address: nothing on the other side could answer to it.

@@ -9,13 +9,14 @@ use rtnetlink::packet_route::link::{
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkWireguard, new_connection};
 use tokio::runtime::Builder;
 
-/// Reverse path filtering that asks for a route back by any device (`rp_filter` of the kernel's ip-sysctl.rst).
-const LOOSE: i32 = 2;
+use crate::reverse_path;
 
 /// A connection to the kernel, in the network namespace of the thread that opened it.
 pub(super) struct Links {
     runtime: Runtime,
     handle: Handle,
+    /// What `rp_filter` of interfaces in that namespace is to be.
+    rp_filter: i32,
 }
 
 /// A runtime of which nothing is waited for at its end: it may come on a thread of another one, which must not wait.
@@ -54,7 +55,7 @@ impl Links {
             tokio::spawn(connection);
             io::Result::Ok(handle)
         })?;
-        Ok(Self { runtime, handle })
+        Ok(Self { runtime, handle, rp_filter: reverse_path::mode() })
     }
 
     /// Makes the interface unless it is there. It is down then, so that it listens nowhere before it knows on which port.
@@ -65,9 +66,9 @@ impl Links {
         let made = self.handle.link().add(LinkWireguard::new(name).mtu(mtu).build());
         self.runtime.block_on(made.execute()).map_err(error)?;
         let Some(link) = self.get(name)? else { return Err(io::Error::from_raw_os_error(libc::ENODEV)) };
-        // Strict reverse path filtering would drop what comes before packets are routed this way, too.
+        // What comes before packets are routed this way, too, is not to be dropped.
         let mut manners = InetDevConf::default();
-        manners.rp_filter = LOOSE;
+        manners.rp_filter = self.rp_filter;
         let manners = AfSpecUnspec::Inet(vec![AfSpecInet::DevConfRequest(manners)]);
         let change = LinkUnspec::new_with_index(link.index);
         self.change(change.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![manners])))
