@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use net::exchange::{deliver, echo, stream, udp};
 use net::{MTU, Namespace, Node, Switch, outer4, pod4, pod6, until};
-use wireguard::device::kernel::{self, HeldKey, KernelDevice, Settings};
+use wireguard::device::kernel::{self, HeldKey, HeldWay, KernelDevice, Pair, Settings};
 use wireguard::device::{DropCause, Mode, OwnKey, PeerKey, PeerNode, PrivateKey, Tunnel};
 
 /// Returns from the test, saying why, where the kernel cannot take part.
@@ -112,7 +112,11 @@ fn the_kernels_wireguard_and_ours_understand_each_other() {
     echo(&ours.ns, pod4(1), 3000);
     let status = kernel.device.status();
     assert_eq!((status.mode, status.interfaces), (Mode::Kernel, vec!["wgk0".to_owned()]));
-    assert!(status.peers["node-2"].keys[0].handshake_age.is_some());
+    let key = &status.peers["node-2"].keys[0];
+    assert!(key.handshake_age.is_some());
+    assert_eq!(key.handshakes, Some(1));
+    let packets = status.packets.unwrap();
+    assert!(packets.sent > 3000 && packets.received > 3000, "4 MiB in each direction are {packets:?}");
 }
 
 #[test]
@@ -215,9 +219,110 @@ fn the_next_process_finds_keys_and_sessions_in_the_kernel_and_a_node_taken_out_h
     assert_eq!(a.device.routes_via("node-2"), None);
     a.knows(vec![b.announced()]);
     deliver(&one, &other, b"back");
-    assert_eq!(a.ns.enter(|| kernel::remove(&settings())).unwrap(), 1);
+    assert_eq!(removed(&a), ["wgk0"]);
     assert!(!a.ns.ip("link show").contains("wgk"));
-    assert_eq!(a.ns.enter(|| kernel::remove(&settings())).unwrap(), 0);
+    assert_eq!(removed(&a), [""; 0]);
+}
+
+/// What is removed, nothing of which the kernel refuses.
+fn removed(node: &KernelNode) -> Vec<String> {
+    let (removed, outcome) = node.ns.enter(|| kernel::remove(&settings()));
+    outcome.unwrap();
+    removed
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_node_whose_first_key_in_the_kernel_comes_beside_a_process_loses_nothing_at_one_that_has_the_kernels() {
+    require_kernel_wireguard!();
+    let switch = Switch::new();
+    // The process has an odd key at a port of the pair that is usual for the even one that follows.
+    let mut process = Node::new(&switch, 1, &[2]);
+    process.keys[0].generation = 7;
+    let b = KernelNode::new(&switch, 2, &[1]);
+    process.knows(vec![b.announced()]);
+    b.knows(vec![process.announced()]);
+    let far = udp(&b.ns, pod4(2));
+    deliver(&udp(&process.ns, pod4(1)), &far, b"by the process");
+
+    let pair = Pair::free(51_871, 8, &[51_871]).unwrap();
+    assert_eq!(pair, Pair::Second);
+    let moved = process.ns.enter(|| KernelDevice::new(settings())).unwrap();
+    moved.place(8, pair);
+    let next = OwnKey { generation: 8, private: PrivateKey::generate().unwrap() };
+    let mut both = process.announced();
+    both.keys.push(PeerKey {
+        generation: 8,
+        public: next.private.public(),
+        addresses: vec![outer4(1)],
+        ports: moved.ports(8),
+    });
+    b.knows(vec![both.clone()]);
+    deliver(&udp(&process.ns, pod4(1)), &far, b"still by the process");
+    deliver(&far, &udp(&process.ns, pod4(1)), b"and back");
+    moved.set_eager(true);
+    moved.apply(vec![next.clone()], vec![b.announced()]).unwrap();
+    until("sessions of both keys", || {
+        b.follow();
+        let used = b.sending("node-1") == Some((0, 8));
+        (moved.routes()["node-2"].1 && used).then_some(())
+    });
+    deliver(&udp(&process.ns, pod4(1)), &far, b"the process still sends");
+    process.ns.ip("route replace 10.2.0.0/16 dev wgk0 src 10.1.0.1");
+    deliver(&far, &udp(&process.ns, pod4(1)), b"by the kernel");
+    // The far side may route over either key's interface still: what comes by the other one is taken.
+    for interface in ["wgk1", "wgk0"] {
+        b.ns.ip(&format!("route replace 10.1.0.0/16 dev {interface} src 10.2.0.1"));
+        deliver(&udp(&process.ns, pod4(1)), &far, interface.as_bytes());
+    }
+    deliver(&udp(&process.ns, pod4(1)), &far, b"both ways");
+    let held = process.ns.enter(|| kernel::held(&settings())).unwrap();
+    assert_eq!((held[0].pair, held[0].ports), (Pair::Second, [51_873, 51_874]), "the next process knows");
+    let ways = process.ns.enter(|| kernel::ways(&settings())).unwrap();
+    let peer = b.keys[0].private.public();
+    let way = HeldWay { interface: "wgk0".to_owned(), own_generation: 8, peer, has_session: true };
+    assert_eq!(ways, [way]);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn interfaces_under_an_earlier_name_get_the_new_one_with_their_key_or_go() {
+    require_kernel_wireguard!();
+    let switch = Switch::new();
+    let (mut a, b) = (KernelNode::new(&switch, 1, &[2]), Node::new(&switch, 2, &[1]));
+    a.knows(vec![b.announced()]);
+    b.knows(vec![a.announced()]);
+    deliver(&udp(&a.ns, pod4(1)), &udp(&b.ns, pod4(2)), b"under the old name");
+    a.ns.ip("link add other0 type wireguard");
+    let renamed = Settings { interface: "wgn".to_owned(), ..settings() };
+    let adopt = || a.ns.enter(|| kernel::adopt(&renamed)).unwrap();
+    assert_eq!(adopt(), ["wgk0"]);
+    assert_eq!(adopt(), [""; 0]);
+    assert!(held(&a).is_empty());
+    let found = a.ns.enter(|| kernel::held(&renamed)).unwrap();
+    assert_eq!(found[0].own.private.public(), a.keys[0].private.public());
+    // With the earlier name again, beside one that has the new one: that counts.
+    a.ns.sh("ip link add wgk0 type wireguard && ip link set wgk0 alias 'sockmesh key 0 made 1'");
+    assert_eq!(a.ns.enter(|| kernel::adopt(&renamed)).unwrap(), ["wgk0"]);
+    a.device = a.ns.enter(|| KernelDevice::new(renamed.clone())).unwrap();
+    a.knows(vec![b.announced()]);
+    deliver(&udp(&a.ns, pod4(1)), &udp(&b.ns, pod4(2)), b"under the new name");
+    let (removed, outcome) = a.ns.enter(|| kernel::remove(&settings()));
+    outcome.unwrap();
+    assert_eq!(removed, ["wgn0"], "by its note");
+    assert!(a.ns.ip("link show").contains("other0"), "somebody else's");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_look_at_what_the_kernel_can_do_leaves_nothing_and_touches_nothing() {
+    require_kernel_wireguard!();
+    let ns = Namespace::new();
+    let links = || ns.ip("-o link show").lines().count();
+    let before = links();
+    ns.ip("link add wgk0 type bridge");
+    assert_eq!(ns.enter(|| kernel::missing(&settings())), None, "whatever bears the name on the node");
+    assert_eq!(links(), before + 1);
 }
 
 #[test]
@@ -244,7 +349,11 @@ fn somebody_elses_interface_is_left_alone_and_one_that_was_removed_is_made_again
     let refused = a.device.apply(a.keys.clone(), vec![b.announced()]).unwrap_err().to_string();
     assert!(refused.contains("wgk0 is another kind of interface; remove it"), "{refused}");
     assert!(a.ns.enter(|| kernel::held(&settings())).is_err());
-    assert!(a.ns.enter(|| kernel::remove(&settings())).is_err());
+    a.ns.ip("link add wgk1 type wireguard");
+    let (removed, outcome) = a.ns.enter(|| kernel::remove(&settings()));
+    let refused = outcome.unwrap_err().to_string();
+    assert_eq!(removed, ["wgk1"], "what is refused for one is no reason to leave the others");
+    assert!(refused.contains("cannot remove wgk0: wgk0 is another kind"), "{refused}");
     a.ns.ip("link del wgk0");
     a.knows(vec![b.announced()]);
     b.knows(vec![a.announced()]);

@@ -9,7 +9,7 @@ use testbed::{Capture, Node};
 use wireguard::device::kernel;
 
 use crate::tunnel::{
-    CANARY, PORT, hand_over, key, nothing_plain, report, stage_with, through_the_mesh, tunnel_until,
+    CANARY, PORT, hand_over, key, key_of, nothing_plain, report, stage_with, through_the_mesh, tunnel_until,
 };
 use crate::tunnel_changes::launch_agent;
 
@@ -150,7 +150,7 @@ pub(crate) fn an_agent_that_is_started_anew_goes_on_in_the_kernel_until_its_proc
         stage.announce_error("the tunnel cannot begin");
         let _echo = datagrams::serve(&stage.far, PORT)?;
         let node = stage.mesh.node(1);
-        let before = key(&settled(node, "kernel")?);
+        let before = key_of(node)?;
         let capture = Capture::start(&stage.mesh, 1, 2)?;
         let sender = datagrams::keep(&stage.client, addresses(&stage.far)[0], PORT, CANARY)?;
         stage.mesh.kill_agent(node)?;

@@ -109,9 +109,9 @@ impl Others {
         self.known.is_empty() && self.held.is_empty()
     }
 
-    /// Whether the kernel has keys, besides this one's, of which other nodes are told.
-    pub(super) fn is_in_kernel(&self) -> bool {
-        self.held.iter().any(|held| held.announced)
+    /// Keys that the kernel has, where that is another tunnel.
+    pub(super) fn in_kernel(&self) -> &[HeldKey] {
+        &self.held
     }
 
     /// What each said last.

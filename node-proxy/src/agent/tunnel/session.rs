@@ -355,11 +355,19 @@ impl<'a> Session<'a> {
     async fn ways(&mut self, tunnels: &Tunnels) -> Option<Ways> {
         let interface = &self.settings.interface;
         match &self.link {
-            // Other nodes know the keys in the kernel, and not all of them this one.
-            Link::Process(_) if self.opened && !self.all_told() && self.others.is_in_kernel() => {
-                Some(self.around.found(tunnels, None).await?.with(interface))
+            Link::Process(_) => {
+                let held = self.others.in_kernel();
+                // Other nodes know keys in the kernel, and not all of them this one's.
+                if self.opened && !self.all_told() && held.iter().any(|held| held.announced) {
+                    return Some(self.around.found(tunnels, None).await?.with(interface));
+                }
+                let mut ways = Ways::only(interface);
+                // Nodes may send by these as long as they are there.
+                if !held.is_empty() {
+                    ways.interfaces.extend(Ways::of_kernels(interface, exists));
+                }
+                Some(ways)
             }
-            Link::Process(_) => Some(Ways::only(interface)),
             Link::Kernel(kernel) => {
                 let (interfaces, routes) = kernel.routes();
                 let carries =
