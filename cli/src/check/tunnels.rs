@@ -20,8 +20,8 @@ pub(super) fn tunnels(mesh: &Mesh) -> Vec<Finding> {
             None => continue,
         };
         let told_by_paths = |complaint: &str| {
-            let holes = page.paths.iter().filter(|path| path.path == "black_hole");
-            holes.into_iter().any(|path| complaint.starts_with(&format!("node {}: black hole", path.peer)))
+            let mut holes = page.paths.iter().filter(|path| path.path == "black_hole");
+            holes.any(|path| complaint.starts_with(&format!("node {}: black hole", path.peer)))
         };
         let others: Vec<_> = page.findings.iter().filter(|complaint| !told_by_paths(complaint)).collect();
         well += usize::from(others.is_empty());

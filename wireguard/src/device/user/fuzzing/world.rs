@@ -479,15 +479,9 @@ impl World {
         let mut room = vec![0; 66_000];
         let (mut total, mut arrived) = (0, 0);
         for place in 0..PLACES {
-            loop {
-                let outcome = self.places[place].recv(&mut room);
-                match outcome {
-                    Ok(len) => {
-                        total += len;
-                        arrived += usize::from(self.heard(&room[..len].to_vec()));
-                    }
-                    Err(_) => break,
-                }
+            while let Ok(len) = self.places[place].recv(&mut room) {
+                total += len;
+                arrived += usize::from(self.heard(&room[..len]));
             }
         }
         // The kernel may take its time where the computer is busy.
@@ -496,7 +490,7 @@ impl World {
             for place in 0..PLACES {
                 while let Ok(len) = self.places[place].recv(&mut room) {
                     total += len;
-                    arrived += usize::from(self.heard(&room[..len].to_vec()));
+                    arrived += usize::from(self.heard(&room[..len]));
                 }
             }
         }
