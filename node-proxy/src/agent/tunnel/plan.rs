@@ -53,7 +53,8 @@ pub(super) fn peers(tunnels: &Tunnels) -> Vec<PeerNode> {
 }
 
 /// What routes depend on: packets to another node's pods go through the device that is the `way` to it, and are refused while
-/// there is none; those of this node's own processes to its own addresses go by its `node_way`, and outside without. Without an entry for this node itself there are no routes: its pods' ranges are not known.
+/// there is none; those of this node's own processes to its own addresses go by its `node_way`, and outside without. Without an
+/// entry for this node itself there are no routes: its pods' ranges are not known.
 pub(super) fn inputs(
     tunnels: &Tunnels,
     devices: &[TunnelDevice],
@@ -103,13 +104,13 @@ pub(super) fn targets(
     tunnels.others.iter().filter(|tunnel| nodes.contains(&*tunnel.node)).filter_map(target).collect()
 }
 
-/// MTU of the tunnel's interface: what was set, else what fits the smallest MTU of the devices that lead to other nodes.
+/// MTU of the tunnel's interface: what was set, else what fits the smallest MTU of the devices that lead to other nodes, at
+/// any of their addresses: a node that does not answer at one is tried at the next.
 pub(super) fn mtu(settings: &WireguardSettings, tunnels: &Tunnels, uplinks: Option<u16>) -> u16 {
     if settings.mtu != 0 {
         return settings.mtu;
     }
-    let others: Vec<IpAddr> =
-        tunnels.others.iter().filter_map(|tunnel| tunnel.addresses.first().copied()).collect();
+    let others: Vec<IpAddr> = tunnels.others.iter().flat_map(|tunnel| tunnel.addresses.clone()).collect();
     mtu::of_device(uplinks.unwrap_or(USUAL_MTU), &others)
 }
 
@@ -188,9 +189,12 @@ mod tests {
     #[test]
     fn the_devices_that_lead_to_other_nodes_give_the_mtu() {
         let settings = WireguardSettings::default();
-        let tunnels = a_and_b();
+        let mut tunnels = a_and_b();
         assert_eq!(mtu(&settings, &tunnels, Some(9000)), 8928);
         assert_eq!(mtu(&settings, &tunnels, None), 1440, "nothing is known yet");
+        let both = ["192.0.2.3", "2001:db8::3"].map(|address| address.parse().unwrap()).to_vec();
+        tunnels.others.push(Arc::new(NodeTunnel { addresses: both, ..NodeTunnel::default() }));
+        assert_eq!(mtu(&settings, &tunnels, Some(1500)), 1408, "one may be reached over IPv6");
         let set = WireguardSettings { mtu: 1300, ..settings };
         assert_eq!(mtu(&set, &tunnels, Some(9000)), 1300);
     }
