@@ -7,7 +7,9 @@ use e2e::{Outcome, Stage, datagrams, talk};
 use serde_json::{Value, json};
 use testbed::{Capture, Captured, Node, wait};
 
-use crate::tunnel::{CANARY, LIMIT, PORT, another_key, hand_over, key_of, stage_with, tunnel_until};
+use crate::tunnel::{
+    CANARY, LIMIT, PORT, another_key, hand_over, key_of, stage_with, through_the_mesh, tunnel_until,
+};
 
 /// Where the API server is, as far as Kubernetes tells: with the control plane, which is no node.
 const BEYOND: &str = "10.21.0.254";
@@ -15,8 +17,6 @@ const BEYOND: &str = "10.21.0.254";
 /// The usual stage on which nodes' own traffic is to go inside, without any API server that is known.
 fn stage() -> Result<Stage> {
     let (stage, _) = stage_with(json!({"node_traffic": true}))?;
-    stage.announce_that_nothing_is_sent();
-    stage.announce_that_nothing_is_received();
     stage.announce_error("the controller does not say where the API servers are");
     Ok(stage)
 }
@@ -109,6 +109,7 @@ fn servers(stage: &Stage) -> Result<impl Sized> {
 pub(crate) fn what_nodes_say_to_each_other_goes_inside_where_that_is_wanted_and_leaves_no_trace_where_it_is_not()
 -> Result<Outcome> {
     stage()?.play(|stage| {
+        through_the_mesh(stage)?;
         let _servers = servers(stage)?;
         let [first, second] = [stage.mesh.node(1), stage.mesh.node(2)];
         tunnel_until(first, "why it is outside", |report| {
@@ -172,6 +173,7 @@ fn inside_again(stage: &Stage, sender: &testbed::Process) -> Result<()> {
 pub(crate) fn what_nodes_say_to_each_other_never_depends_on_the_tunnel_and_api_servers_are_left_out()
 -> Result<Outcome> {
     stage()?.play(|stage| {
+        through_the_mesh(stage)?;
         stage.announce_error("the tunnel's process is gone");
         let _servers = servers(stage)?;
         let [first, second] = [stage.mesh.node(1), stage.mesh.node(2)];
