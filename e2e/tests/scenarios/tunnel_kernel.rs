@@ -39,9 +39,11 @@ fn settled(node: &Node, mode: &str) -> Result<Value> {
     })
 }
 
-/// Errors that a kernel without interrupts for deferred work makes of maps that grow fast; the agent tries again.
-fn announce_slow_maps(stage: &Stage) {
+/// Errors of a slow kernel without interrupts for deferred work, after which the agent tries again: of maps that grow fast, and
+/// of processes that take longer for an answer than half a second.
+fn announce_slowness(stage: &Stage) {
     stage.announce_error("Cannot allocate memory");
+    stage.announce_error("does not answer; it is asked again every");
 }
 
 pub(crate) fn the_kernels_wireguard_keeps_keys_and_sessions_whatever_becomes_of_agents() -> Result<Outcome> {
@@ -50,7 +52,7 @@ pub(crate) fn the_kernels_wireguard_keeps_keys_and_sessions_whatever_becomes_of_
     }
     let (stage, beyond) = stage_with(json!({"mode": "kernel"}))?;
     stage.play(|stage| {
-        announce_slow_maps(stage);
+        announce_slowness(stage);
         through_the_mesh(stage)?;
         let _echo = datagrams::serve(&stage.far, PORT)?;
         let _streams = talk::serve(&beyond, "echo", PORT)?;
@@ -107,7 +109,7 @@ pub(crate) fn a_tunnel_moves_into_the_kernel_and_back_while_agents_change_and_se
     }
     let (stage, beyond) = stage_with(json!({"mode": "user"}))?;
     stage.play(|stage| {
-        announce_slow_maps(stage);
+        announce_slowness(stage);
         through_the_mesh(stage)?;
         let _echo = datagrams::serve(&stage.far, PORT)?;
         let _streams = talk::serve(&beyond, "echo", PORT)?;
@@ -145,7 +147,7 @@ pub(crate) fn an_agent_that_is_started_anew_goes_on_in_the_kernel_until_its_proc
     }
     let (stage, _) = stage_with(json!({"mode": "kernel"}))?;
     stage.play(|stage| {
-        announce_slow_maps(stage);
+        announce_slowness(stage);
         through_the_mesh(stage)?;
         stage.announce_error("the tunnel cannot begin");
         let _echo = datagrams::serve(&stage.far, PORT)?;
@@ -185,7 +187,7 @@ pub(crate) fn auto_takes_the_kernels_wireguard_where_there_is_one_else_a_process
     let missing = kernel::missing(&kernel::Settings::default());
     let (stage, _) = stage_with(json!({"mode": "auto"}))?;
     stage.play(|stage| {
-        announce_slow_maps(stage);
+        announce_slowness(stage);
         through_the_mesh(stage)?;
         let _echo = datagrams::serve(&stage.far, PORT)?;
         let capture = Capture::start(&stage.mesh, 1, 2)?;
