@@ -318,7 +318,7 @@ fn the_nodes_own_traffic_goes_inside_where_it_is_asked_for_and_outside_when_the_
         });
         wait_until("an overlay's datagram outside", || shows(&wire));
     };
-    [8472, 4789, 6081].into_iter().for_each(lone);
+    [8472, 4789, 6081, 8285, 4500, 6784, 51_821].into_iter().for_each(lone);
     for pods in b.pods() {
         udp_echo(&a.netns, &b.pod, pods, CANARY).unwrap();
         assert!(shows(&wire), "pods");

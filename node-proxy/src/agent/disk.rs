@@ -252,13 +252,13 @@ impl Disk {
         self.replace(path, &bytes)
     }
 
-    /// The resources as one set of changes; empty when there are none.
+    /// The resources as one set of changes, those of tunnels only where they are wanted; empty when there are none.
     ///
     /// # Errors
     /// When the file is unreadable, damaged, or of another form.
-    pub(super) fn load_config(&self) -> io::Result<Changes> {
+    pub(super) fn load_config(&self, with_tunnels: bool) -> io::Result<Changes> {
         let Some(mut changes) = Self::load(&self.dir.join("config"))? else { return Ok(Changes::default()) };
-        if let Some(tunnels) = Self::load(&self.dir.join("tunnels"))? {
+        if with_tunnels && let Some(tunnels) = Self::load(&self.dir.join("tunnels"))? {
             // Some were in the other file once.
             changes.upserts.retain(|(resource, _)| !matches!(resource, Resource::NodeTunnel(_)));
             changes.upserts.extend(tunnels.upserts);
@@ -433,10 +433,10 @@ mod tests {
     #[test]
     fn resources_and_their_versions_survive_a_round_trip() {
         let (_dir, disk) = disk();
-        assert!(disk.load_config().unwrap().upserts.is_empty(), "nothing was saved yet");
+        assert!(disk.load_config(true).unwrap().upserts.is_empty(), "nothing was saved yet");
         disk.save_config(mesh().export()).unwrap();
         let mut again = Mesh::new("n1".to_owned());
-        again.apply(disk.load_config().unwrap());
+        again.apply(disk.load_config(true).unwrap());
         assert_eq!(again.known(), mesh().known());
         assert!(again.local("a").is_some());
     }
@@ -459,7 +459,7 @@ mod tests {
 
         let generations = || -> std::io::Result<Vec<(String, u64)>> {
             let mut again = Mesh::new("n1".to_owned());
-            again.apply(disk.load_config()?);
+            again.apply(disk.load_config(true)?);
             assert!(again.local("a").is_some() && again.trust().is_some());
             let all = again.tunnels();
             let all = all.this.iter().chain(&all.others);
@@ -473,10 +473,11 @@ mod tests {
         let before = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
         File::options().write(true).open(&tunnels).unwrap().set_modified(before).unwrap();
         assert_eq!(generations().unwrap(), [("n2".to_owned(), 2)]);
-        // Who takes half a file for no tunnels sends in clear text.
+        // Who takes half a file for no tunnels sends in clear text; who wants none needs none of it.
         let good = fs::read(&tunnels).unwrap();
         fs::write(&tunnels, &good[..good.len() - 1]).unwrap();
         assert!(generations().unwrap_err().to_string().contains("tunnels"));
+        assert!(disk.load_config(false).is_ok());
         disk.forget_tunnels().unwrap();
         assert_eq!(generations().unwrap(), []);
     }
@@ -489,13 +490,13 @@ mod tests {
         let good = fs::read(&path).unwrap();
         for cut in 0..good.len() {
             fs::write(&path, &good[..cut]).unwrap();
-            assert!(disk.load_config().is_err(), "cut at {cut} of {}", good.len());
+            assert!(disk.load_config(true).is_err(), "cut at {cut} of {}", good.len());
         }
         for at in 0..good.len() {
             let mut bad = good.clone();
             bad[at] ^= 1;
             fs::write(&path, &bad).unwrap();
-            assert!(disk.load_config().is_err(), "bit flipped in byte {at}");
+            assert!(disk.load_config(true).is_err(), "bit flipped in byte {at}");
         }
     }
 

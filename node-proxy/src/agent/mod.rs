@@ -212,7 +212,7 @@ impl Agent {
         if config.wireguard.enabled && config.wireguard.strict != StrictMode::Off {
             mesh.look_elsewhere();
         }
-        match disk.load_config() {
+        match disk.load_config(config.wireguard.enabled) {
             Ok(changes) if changes.upserts.is_empty() => {}
             Ok(changes) => {
                 tracing::info!(

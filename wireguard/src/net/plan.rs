@@ -402,8 +402,10 @@ fn reserved() -> [IpNet; 6] {
     ]
 }
 
-/// UDP ports that overlays send to: VXLAN as Linux (8472) and as RFC 7348 have it, Geneve (RFC 8926).
-const OVERLAYS: [u16; 3] = [8472, 4789, 6081];
+/// UDP ports that overlays send to: VXLAN as Linux (8472) and as RFC 7348 have it, Geneve (RFC 8926), flannel's own (8285),
+/// ESP in UDP (RFC 3948), Weave's, and the WireGuard of Calico and flannel.
+const OVERLAYS: [(u16, u16); 7] =
+    [(8472, 8472), (4789, 4789), (6081, 6081), (8285, 8285), (4500, 4500), (6783, 6784), (51_820, 51_821)];
 
 /// The rules of a family for pods in `sources` and, if any of its traffic goes inside, for the node with the addresses `own`.
 fn rules(settings: &Settings, family: Family, sources: &[IpNet], own: &[IpAddr]) -> BTreeSet<Rule> {
@@ -433,8 +435,8 @@ fn rules(settings: &Settings, family: Family, sources: &[IpNet], own: &[IpAddr])
         own.iter().filter(|own| Family::of(**own) == family).map(|own| IpNet::from(*own)).collect();
     if !own.is_empty() {
         let here = Match { from_here: true, ..Match::default() };
-        for port in OVERLAYS {
-            let (transport, destination_ports) = (Some(Transport::Udp), Some((port, port)));
+        for ports in OVERLAYS {
+            let (transport, destination_ports) = (Some(Transport::Udp), Some(ports));
             add(4, skip, Match { transport, destination_ports, ..here.clone() });
         }
         let ask = Action::Table(settings.node_table);

@@ -96,6 +96,9 @@ impl Leftover {
                 next = self.progress.next(request, answer.ok(), overlap, Instant::now());
             }
         }
+        if others.is_empty() {
+            self.wrong = None;
+        }
         let waits = next == Request::Look && self.asked.is_some_and(|at| at.elapsed() < EVERY);
         if self.running.is_some() || !may_leave || others.is_empty() || waits {
             return;

@@ -19,6 +19,9 @@ use crate::tunnel::{PeerDocument, TunnelDocument};
 /// A node that gets something through the tunnel says so within ten seconds (KEEPALIVE_TIMEOUT, WireGuard paper, section 6.5)
 /// and the way back, whether or not it has something to say.
 const PATIENCE: Duration = Duration::from_secs(12);
+/// Where only bytes of datagrams are counted, so few since the last look are no packet but keepalives, which nobody answers:
+/// one has 32 (WireGuard paper, section 5.4.6), and two may be sent in that time.
+const KEEPALIVES: u64 = 64;
 
 /// The other nodes to which it may go inside, as far as who they are is concerned.
 ///
@@ -62,10 +65,9 @@ pub(super) fn strict_filter<'a>(uplinks: impl Iterator<Item = &'a String>) -> Op
 }
 
 /// Which nodes answer.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Answering {
     nodes: BTreeMap<String, Node>,
-    patience: Duration,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -77,23 +79,20 @@ struct Node {
 }
 
 impl Answering {
-    /// Packets sent every `keepalive`, for nothing else, are not answered.
-    pub(super) fn new(keepalive: Duration) -> Self {
-        Self { nodes: BTreeMap::new(), patience: PATIENCE + keepalive }
-    }
-
     /// Takes note of how the tunnel is. `now` is any steady time.
     pub(super) fn look(&mut self, document: &TunnelDocument, now: Duration) {
         let with_session = |peer: &PeerDocument| peer.sessions.iter().any(|session| session.sending);
         self.nodes.retain(|name, _| document.peers.get(name).is_some_and(with_session));
         for (name, peer) in document.peers.iter().filter(|(_, peer)| with_session(peer)) {
             let heard = peer.sessions.iter().map(|session| session.heard).sum();
-            // The kernel counts bytes alone.
-            let sent = peer.sessions.iter().map(|s| s.tx_packets.unwrap_or(s.tx_bytes)).sum();
+            // The kernel counts bytes of datagrams alone.
+            let packets: Option<u64> = peer.sessions.iter().map(|session| session.tx_packets).sum();
+            let bytes = || peer.sessions.iter().map(|session| session.tx_bytes).sum();
+            let (sent, no_packet) = packets.map_or_else(|| (bytes(), KEEPALIVES), |packets| (packets, 0));
             let node = self.nodes.entry(name.clone()).or_insert(Node { heard, sent, unanswered: None });
             if heard != node.heard {
                 node.unanswered = None;
-            } else if sent != node.sent {
+            } else if sent.saturating_sub(node.sent) > no_packet {
                 node.unanswered.get_or_insert(now);
             }
             (node.heard, node.sent) = (heard, sent);
@@ -102,7 +101,7 @@ impl Answering {
 
     /// Those that do.
     pub(super) fn nodes(&self, now: Duration) -> BTreeSet<String> {
-        let answers = |node: &Node| node.unanswered.is_none_or(|since| now < since + self.patience);
+        let answers = |node: &Node| node.unanswered.is_none_or(|since| now < since + PATIENCE);
         self.nodes.iter().filter(|(_, node)| answers(node)).map(|(name, _)| name.clone()).collect()
     }
 }
@@ -146,7 +145,7 @@ mod tests {
 
     #[test]
     fn a_node_that_says_nothing_to_what_it_is_sent_does_not_answer_until_it_says_something() {
-        let session = |sending: bool, sent: u64, heard: u64| SessionDocument {
+        let session = |sending: bool, packets: Option<u64>, bytes: u64, heard: u64| SessionDocument {
             own_generation: 1,
             generation: 1,
             public_key: String::new(),
@@ -154,20 +153,22 @@ mod tests {
             handshake_age: Some(1),
             handshakes: None,
             sending,
-            tx_packets: None,
-            tx_bytes: sent,
+            tx_packets: packets,
+            tx_bytes: bytes,
             rx_packets: None,
             rx_bytes: 0,
             heard,
         };
-        let mut answering = Answering::new(Duration::ZERO);
-        let mut at = |second: u64, sending: bool, sent: u64, heard: u64| {
-            let peer =
-                PeerDocument { sessions: vec![session(sending, sent, heard)], ..PeerDocument::default() };
+        let answers = |answering: &mut Answering, second: u64, session: SessionDocument| {
+            let peer = PeerDocument { sessions: vec![session], ..PeerDocument::default() };
             let peers = BTreeMap::from([("b".to_owned(), peer)]);
             let now = Duration::from_secs(second);
             answering.look(&TunnelDocument { peers, ..TunnelDocument::default() }, now);
             answering.nodes(now).contains("b")
+        };
+        let mut answering = Answering::default();
+        let mut at = |second: u64, sending: bool, sent: u64, heard: u64| {
+            answers(&mut answering, second, session(sending, Some(sent), 100 * sent, heard))
         };
         assert!(!at(0, false, 5, 5), "no session");
         assert!(at(1, true, 5, 5));
@@ -180,5 +181,16 @@ mod tests {
         assert!(at(402, true, 14, 7));
         assert!(at(403, true, 15, 1), "sessions of other keys count from the beginning");
         assert!(!at(404, false, 15, 1), "the session is over");
+
+        // As the kernel counts.
+        let mut answering = Answering::default();
+        let mut at = |second: u64, bytes: u64, heard: u64| {
+            answers(&mut answering, second, session(true, None, bytes, heard))
+        };
+        assert!(at(1, 1000, 5));
+        assert!(at(2, 1032, 5) && at(30, 1032, 5), "a keepalive is not answered");
+        assert!(at(31, 1128, 5) && at(42, 1128, 5));
+        assert!(!at(43, 1128, 5), "a packet is");
+        assert!(at(44, 1128, 37));
     }
 }

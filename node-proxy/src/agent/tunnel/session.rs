@@ -137,7 +137,7 @@ impl<'a> Session<'a> {
             found_mtu: mtu,
             conflicts: Vec::new(),
             document: TunnelDocument::default(),
-            answering: Answering::new(settings.keepalive),
+            answering: Answering::default(),
             looked: None,
             said: Registration::None,
             told_since: None,
@@ -447,6 +447,10 @@ impl<'a> Session<'a> {
 
     /// Whether the controller tells the nodes of all keys that are to be known: `this` is what it tells of this one.
     fn told(&mut self, said: &Registration, this: Option<&NodeTunnel>) -> bool {
+        if self.agent.controller.reporter.leaves() {
+            // If it does not leave after all they have to hear anew.
+            self.told_since = None;
+        }
         if *said != Registration::Registered {
             self.registered_since = None;
             return false;
