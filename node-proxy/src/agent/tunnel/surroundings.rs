@@ -355,7 +355,7 @@ impl Surroundings {
         let way = |peer: &str| ways.to(peer).filter(|way| devices.iter().any(|device| device.name == *way));
         let inside = self.nodes_inside(tunnels);
         let node_way = |peer: &str| way(peer).filter(|_| inside.contains(peer));
-        let mut inputs = plan::inputs(tunnels, &devices, &way, node_way, |peer| self.paths.usable_mtu(peer));
+        let mut inputs = plan::inputs(tunnels, &devices, way, node_way, |peer| self.paths.usable_mtu(peer));
         if !goes_inside {
             inputs.peers.clear();
         }
