@@ -252,10 +252,6 @@ fn start_log(log: &LogArguments) -> anyhow::Result<()> {
     if !level.contains("boringtun") {
         filter = filter.with_target("boringtun", LevelFilter::OFF);
     }
-    // An answer of the kernel for which nobody waits any more, because something else came first, is no news.
-    if !level.contains("netlink_proto") {
-        filter = filter.with_target("netlink_proto", LevelFilter::ERROR);
-    }
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     let lines = match LogFormat::from_str(&log.format, false) {
         Ok(LogFormat::Text) => lines.boxed(),

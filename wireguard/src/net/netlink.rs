@@ -1,6 +1,6 @@
 //! Talking with the kernel: reads what is ours, applies one change at a time.
 
-use std::{collections::BTreeSet, io, net::IpAddr, time::Duration};
+use std::{collections::BTreeSet, io, net::IpAddr, sync::Arc, time::Duration};
 
 use futures_util::StreamExt;
 use nix::libc;
@@ -20,7 +20,7 @@ use rtnetlink::{
         rule::RuleMessage,
     },
 };
-use tokio::task::JoinHandle;
+use tokio::{sync::Mutex, task::JoinHandle};
 
 use super::{
     answers::{Answers, Conclusion, Fault},
@@ -115,6 +115,8 @@ pub(crate) struct Snapshot {
 pub(crate) struct Netlink {
     handle: Handle,
     connection: JoinHandle<()>,
+    /// Whose question is being answered.
+    turn: Arc<Mutex<()>>,
 }
 
 impl Drop for Netlink {
@@ -130,7 +132,7 @@ impl Netlink {
         // Without these a connection that breaks looks like a list that ends.
         connection.set_forward_done(true);
         connection.set_forward_ack(true);
-        Ok(Self { handle, connection: tokio::spawn(connection) })
+        Ok(Self { handle, connection: tokio::spawn(connection), turn: Arc::default() })
     }
 
     async fn request(
@@ -139,8 +141,15 @@ impl Netlink {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<Vec<RouteNetlinkMessage>, Error> {
-        let asked = tokio::time::timeout(PATIENCE, self.ask(message, flags)).await;
-        let fault = match asked.unwrap_or(Ok(Err(Fault::Cut))) {
+        let turn = Arc::clone(&self.turn).lock_owned().await;
+        let handle = self.handle.clone();
+        // In a task of its own, to the end: who asks may be gone before, and the kernel refuses a list within another.
+        let asked = tokio::spawn(async move {
+            let asked = tokio::time::timeout(PATIENCE, ask(handle, message, flags)).await;
+            drop(turn);
+            asked.unwrap_or(Ok(Err(Fault::Cut)))
+        });
+        let fault = match asked.await.unwrap_or(Ok(Err(Fault::Cut))) {
             Ok(Ok(answers)) => return Ok(answers),
             Ok(Err(fault)) => fault,
             Err(source) => return Err(Error::Netlink { what: what(), source: Box::new(source) }),
@@ -153,36 +162,6 @@ impl Netlink {
             },
             Fault::Cut => Error::Incomplete { what: what(), why: "the kernel did not answer to the end" },
         })
-    }
-
-    /// Asks, and asks again for a list that changed while it was read.
-    async fn ask(
-        &self,
-        message: RouteNetlinkMessage,
-        flags: u16,
-    ) -> Result<Result<Vec<RouteNetlinkMessage>, Fault>, rtnetlink::Error> {
-        let expected = match flags {
-            flags if flags & NLM_F_DUMP == NLM_F_DUMP => Conclusion::List,
-            flags if flags & NLM_F_ACK != 0 => Conclusion::Acknowledgement,
-            _ => Conclusion::Answer,
-        };
-        let mut asked = 0;
-        loop {
-            asked += 1;
-            let mut request = NetlinkMessage::from(message.clone());
-            request.header.flags = NLM_F_REQUEST | flags;
-            let mut stream = self.handle.clone().request(request)?;
-            let mut answers = Answers::new(expected);
-            let mut fault = None;
-            // To the end, also of what is of no use any more: the next list must not begin within this one.
-            while let Some(answer) = stream.next().await {
-                fault = fault.or(answers.take(answer).err());
-            }
-            match fault.map_or_else(|| answers.finish(), Err) {
-                Err(Fault::Interrupted) if asked < MOST_LISTS => {}
-                answers => return Ok(answers),
-            }
-        }
     }
 
     async fn dump(
@@ -370,6 +349,36 @@ impl Snapshot {
 
     pub(crate) fn link(&self, name: &str) -> Option<&Link> {
         self.links.iter().find(|link| link.name == name)
+    }
+}
+
+/// Asks, and asks again for a list that changed while it was read.
+async fn ask(
+    handle: Handle,
+    message: RouteNetlinkMessage,
+    flags: u16,
+) -> Result<Result<Vec<RouteNetlinkMessage>, Fault>, rtnetlink::Error> {
+    let expected = match flags {
+        flags if flags & NLM_F_DUMP == NLM_F_DUMP => Conclusion::List,
+        flags if flags & NLM_F_ACK != 0 => Conclusion::Acknowledgement,
+        _ => Conclusion::Answer,
+    };
+    let mut asked = 0;
+    loop {
+        asked += 1;
+        let mut request = NetlinkMessage::from(message.clone());
+        request.header.flags = NLM_F_REQUEST | flags;
+        let mut stream = handle.clone().request(request)?;
+        let mut answers = Answers::new(expected);
+        let mut fault = None;
+        // To the end, also of what is of no use any more: the next list must not begin within this one.
+        while let Some(answer) = stream.next().await {
+            fault = fault.or(answers.take(answer).err());
+        }
+        match fault.map_or_else(|| answers.finish(), Err) {
+            Err(Fault::Interrupted) if asked < MOST_LISTS => {}
+            answers => return Ok(answers),
+        }
     }
 }
 
