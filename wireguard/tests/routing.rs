@@ -388,3 +388,25 @@ fn a_thousand_peers_are_routed_and_one_change_is_one_change() {
     a.uninstall(&settings);
     assert!(!a.netns.routing().contains("15871"));
 }
+
+#[test]
+#[ignore = "needs root"]
+fn a_look_that_is_given_up_does_not_disturb_the_next() {
+    require_network!();
+    let world = World::new(2);
+    let _tunnels = world.tunnels(Node::v4);
+    world.apply(&Settings::default(), MTU);
+    let (a, b) = (&world.nodes[0], &world.nodes[1]);
+    a.netns.run_async(|| async {
+        let router = Router::open(Settings::default()).unwrap();
+        for turns in 0..40 {
+            tokio::select! {
+                biased;
+                _ = router.devices_towards(&[]) => {}
+                () = async { for _ in 0..turns { tokio::task::yield_now().await } } => {}
+            }
+            let devices = router.devices_towards(&b.addresses()).await.unwrap();
+            assert_eq!(devices.into_keys().collect::<Vec<_>>(), ["up0"], "after {turns} turns of the other");
+        }
+    });
+}
