@@ -23,7 +23,7 @@ rustc "+$nightly" --version >/dev/null 2>&1 ||
     die "there is no compiler $nightly: rustup toolchain install $nightly --profile minimal --component rust-src"
 if ! cargo fuzz --version 2>/dev/null | grep -q " $CARGO_FUZZ$"; then
     printf 'cargo install cargo-fuzz %s into .tools (a minute)\n' "$CARGO_FUZZ" >&2
-    CARGO_TARGET_DIR='' cargo install cargo-fuzz --version "$CARGO_FUZZ" --locked --quiet --root .tools
+    env -u CARGO_TARGET_DIR cargo install cargo-fuzz --version "$CARGO_FUZZ" --locked --quiet --root .tools
 fi
 
 fuzz() { local what=$1 program=$2; shift 2; cargo "+$nightly" fuzz "$what" --features node "$program" "$@"; }
